@@ -1,0 +1,114 @@
+"""`DenoiserTerm`: the one diffrax term that diffusion and flow solvers step on.
+
+It holds the posterior mean of the data, the path, and the time grid, and is integrated over STEP INDICES s = 0 … N with t = grid[s]. So diffrax's
+time always runs forward, a grid may go back in t (Restart, RePaint), and every step has its own noise key. One term and N solvers, not N × M: every
+parametrisation of the network was converted before, in `ergodax.core.prediction`."""
+
+from typing import NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .check import check_increasing, is_concrete
+from .path import AffinePath
+from .prediction import VelocityPrediction
+from .types import PRNGKey, Scalar, VectorField
+
+
+class Posterior(NamedTuple):
+    """What a solver sees of the model at the start of a step. Unused fields cost nothing under `jit`."""
+
+    denoised: Float[Array, "*x"]  # E[data | x_t]
+    velocity: Float[Array, "*x"]  # dx/dt of the probability flow
+    diffusion: Float[Array, ""]  # g² of the path's forward SDE, in units of t
+
+
+class Step(NamedTuple):
+    """The path's clocks at both ends of a step."""
+
+    t0: Array
+    t1: Array
+    log_alpha0: Array
+    log_alpha1: Array
+    log_sigma0: Array
+    log_sigma1: Array
+
+    @property
+    def h(self) -> Array:
+        """λ₁ - λ₀ with λ = log(α/σ); +inf where the step starts at α = 0 or ends at σ = 0."""
+        return (self.log_alpha1 - self.log_sigma1) - (self.log_alpha0 - self.log_sigma0)
+
+    @property
+    def dt(self) -> Array:
+        """t₁ - t₀."""
+        return self.t1 - self.t0
+
+
+class DenoiserTerm(dfx.AbstractTerm):
+    """`denoised(t, x, args)` on `path`, over the steps of `grid`.
+
+    - `denoised`: E[data | x_t = x], array like x; `ergodax.core.Denoiser` makes one of a network.
+    - `grid`: times of shape (N + 1,), from noise to data; may be traced and swept. Must increase unless `restarts=True` (static), which says that
+      going back in t is meant.
+
+    Solvers of `ergodax.diffusion` use the posterior mean and the clocks. Stock explicit diffrax solvers (`Euler`, `Tsit5`, …) run on this term too:
+    they see the probability-flow ODE dx = u dt, piecewise in the grid's t. Raises `ValueError` for a grid of another shape or order.
+    """
+
+    denoised: VectorField
+    path: AffinePath
+    grid: Float[Array, " steps"]
+    restarts: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        if not self.restarts:
+            check_increasing("grid", self.grid)
+        elif self.grid.ndim != 1 or self.grid.shape[0] < 2:
+            raise ValueError(f"`grid` must be a vector of at least two times, got shape {self.grid.shape}.")
+        if is_concrete(self.grid) and not bool(jnp.isfinite(self.grid).all()):
+            raise ValueError(f"`grid` must be finite, got {self.grid}.")
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of steps of the grid."""
+        return self.grid.shape[0] - 1
+
+    def time(self, s: Scalar) -> Float[Array, ""]:
+        """grid[s], linear between the indices, and exact on them."""
+        s = jnp.asarray(s, self.grid.dtype)
+        i = jnp.clip(jnp.floor(s), 0, self.num_steps - 1)
+        w, i = s - i, i.astype(int)
+        return (1 - w) * self.grid[i] + w * self.grid[i + 1]
+
+    def vf(self, s, y, args):
+        """The model at index `s`: a `Posterior`."""
+        t = self.time(s).astype(y.dtype)
+        denoised = self.denoised(t, y, args)
+        velocity = VelocityPrediction().from_denoised(self.path, t, y, denoised)
+        return Posterior(denoised, velocity, self.path.diffusion(t))
+
+    def contr(self, s0, s1, **kwargs):
+        """The clocks of the step from `s0` to `s1`: a `Step`."""
+        t0, t1 = self.time(s0), self.time(s1)
+        path = self.path
+        return Step(t0, t1, path.log_alpha(t0), path.log_alpha(t1), path.log_sigma(t0), path.log_sigma(t1))
+
+    def prod(self, vf, control):
+        """The probability flow's first-order increment, u Δt."""
+        return vf.velocity * control.dt.astype(vf.velocity.dtype)
+
+
+def _one(t, y, args):
+    return jnp.ones((), y.dtype)
+
+
+def with_noise(term: dfx.AbstractTerm, key: PRNGKey, y0: Float[Array, "*x"]) -> dfx.MultiTerm:
+    """`term` with a unit Brownian motion in step index beside it: what a stochastic solver steps on, one fresh N(0, I) per step from `key`."""
+    brownian = dfx.UnsafeBrownianPath(jax.ShapeDtypeStruct(y0.shape, y0.dtype), key)
+    return dfx.MultiTerm(term, dfx.ControlTerm(_one, brownian))
+
+
+__all__ = ["DenoiserTerm", "Posterior", "Step", "with_noise"]
