@@ -1,5 +1,12 @@
 """Drivers and vocabulary: paths, predictions, the sampler term, scan drivers, training, sweeps, the run shell. Knows no method."""
 
+from .fit import Fit as Fit, FitState as FitState, Fitted as Fitted, fit as fit
+from .likelihood import (
+    ExactDivergence as ExactDivergence,
+    HutchinsonDivergence as HutchinsonDivergence,
+    log_likelihood as log_likelihood,
+    standard_normal_log_prob as standard_normal_log_prob,
+)
 from .loop import integrate as integrate, iterate as iterate
 from .path import (
     AffinePath as AffinePath,
@@ -22,4 +29,5 @@ from .prediction import (
     VelocityPrediction as VelocityPrediction,
     VPrediction as VPrediction,
 )
+from .sweep import Group as Group, SweepResult as SweepResult, grid as grid, sweep as sweep, traced as traced
 from .term import DenoiserTerm as DenoiserTerm, Posterior as Posterior, Step as Step, with_noise as with_noise

@@ -42,14 +42,21 @@ def check_count(name: str, value: Any, *, low: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
 
 
-def check_increasing(name: str, values: Any) -> None:
-    """Raise unless `values` has shape (N + 1,), N >= 1, and (where it can be read) increases strictly and is finite."""
+def check_times(name: str, values: Any) -> None:
+    """Raise unless `values` has shape (N + 1,), N >= 1, and (where it can be read) is finite."""
     shape = np.shape(values)
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(f"`{name}` must be a vector of at least two times, got shape {shape}.")
+    if is_concrete(values) and not np.isfinite(np.asarray(values)).all():
+        raise ValueError(f"`{name}` must be finite, got {np.asarray(values)}.")
+
+
+def check_increasing(name: str, values: Any) -> None:
+    """`check_times`, and raise unless (where they can be read) the values increase strictly."""
+    check_times(name, values)
     if is_concrete(values):
         numbers = np.asarray(values)
-        bad = np.flatnonzero(~(np.diff(numbers) > 0))
+        bad = np.flatnonzero(np.diff(numbers) <= 0)
         if bad.size:
             i = int(bad[0])
             raise ValueError(
@@ -66,4 +73,4 @@ def require(module: str, extra: str) -> ModuleType:
         raise ImportError(f"`{module}` is needed here: pip install 'ergodax[{extra}]'.") from error
 
 
-__all__ = ["check_count", "check_increasing", "check_range", "is_concrete", "require"]
+__all__ = ["check_count", "check_increasing", "check_range", "check_times", "is_concrete", "require"]

@@ -1,7 +1,7 @@
 """Scan drivers: `integrate` for diffrax solvers, `iterate` for `(init, step)` kernels. `save=` picks what is stored; by default nothing is."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_origin
 
 import diffrax as dfx
 import jax
@@ -16,7 +16,7 @@ from .types import PRNGKey, PyTree
 def integrate(
     terms: dfx.AbstractTerm,
     solver: dfx.AbstractSolver,
-    y0: Float[Array, "*x"],
+    y0: PyTree[Float[Array, "..."]],
     args: PyTree = None,
     *,
     times: Float[Array, " steps"] | None = None,
@@ -32,7 +32,8 @@ def integrate(
     - `y0`: the state at the start; for a `DenoiserTerm`, usually `path.prior(key, shape)`. One example or a batch.
     - `args`: passed to the model at every step.
     - `times`: step boundaries of shape (N + 1,), strictly increasing. Not for a `DenoiserTerm`, whose grid says it.
-    - `key`: for a stochastic solver on a `DenoiserTerm`: adds the noise term (`with_noise`).
+    - `key`: for a stochastic solver on a bare `DenoiserTerm`: adds the noise term (`with_noise`). Deterministic solvers ignore it, so that solvers can be
+      exchanged.
     - `save`: `save(t, y)` after each step; its results come stacked along a new leading axis of length N. `t` is the step's end (`grid` time for a
       `DenoiserTerm`).
 
@@ -43,10 +44,10 @@ def integrate(
         if times is not None:
             raise ValueError("`times` does not go with a DenoiserTerm: its `grid` holds the times.")
         time, boundaries = model.time, jnp.arange(model.num_steps + 1, dtype=model.grid.dtype)
-        if key is not None:
-            if isinstance(terms, dfx.MultiTerm):
-                raise ValueError("`key` was given, but the terms already hold a noise term.")
-            terms = with_noise(terms, key, y0)
+        if get_origin(solver.term_structure) is dfx.MultiTerm and terms is model:
+            if key is None:
+                raise ValueError(f"{type(solver).__name__} is stochastic: it needs `key`.")
+            terms = with_noise(model, key, y0)
     else:
         if times is None:
             raise ValueError(f"`times` is needed to integrate a {type(model).__name__}; only a DenoiserTerm has its own grid.")
@@ -87,17 +88,19 @@ def iterate(
     if num_steps % every:
         raise ValueError(f"`every` must divide `num_steps`, got {every} and {num_steps}.")
 
-    def one(carry, k):
-        return step(jax.random.fold_in(key, k), carry[0]), None
+    def advance(state, k):
+        return step(jax.random.fold_in(key, k), state)[0], None
 
     def block(state, ks):
-        # The first step gives the carry its `info`, so that its structure is known; no info is stored on the way.
-        carry = step(jax.random.fold_in(key, ks[0]), state)
-        (state, info), _ = jax.lax.scan(one, carry, ks[1:])
-        return state, None if save is None else save(state, info)
+        if every > 1:
+            state, _ = jax.lax.scan(advance, state, ks[:-1])
+        state, info = step(jax.random.fold_in(key, ks[-1]), state)
+        return state, save(state, info)
 
-    state, saved = jax.lax.scan(block, state, jnp.arange(num_steps).reshape(-1, every))
-    return state if save is None else (state, saved)
+    ks = jnp.arange(num_steps)
+    if save is None:
+        return jax.lax.scan(advance, state, ks)[0]
+    return jax.lax.scan(block, state, ks.reshape(-1, every))
 
 
 __all__ = ["integrate", "iterate"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .check import check_increasing, is_concrete
+from .check import check_increasing, check_times
 from .path import AffinePath
 from .prediction import VelocityPrediction
 from .types import PRNGKey, Scalar, VectorField
@@ -64,12 +64,8 @@ class DenoiserTerm(dfx.AbstractTerm):
     restarts: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if not self.restarts:
-            check_increasing("grid", self.grid)
-        elif self.grid.ndim != 1 or self.grid.shape[0] < 2:
-            raise ValueError(f"`grid` must be a vector of at least two times, got shape {self.grid.shape}.")
-        if is_concrete(self.grid) and not bool(jnp.isfinite(self.grid).all()):
-            raise ValueError(f"`grid` must be finite, got {self.grid}.")
+        check_grid = check_times if self.restarts else check_increasing
+        check_grid("grid", self.grid)
 
     @property
     def num_steps(self) -> int:

@@ -49,7 +49,8 @@ def karras_grid(path: AffinePath, num_steps: int, sigma_min: Scalar = 0.002, sig
     check_range("sigma_max", sigma_max, low=sigma_min, open_low=True)
     check_range("rho", rho, low=0.0, open_low=True)
     levels = jnp.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
-    return jnp.append(path.time(-2 * jnp.log(levels)), 1.0)
+    # Rounding must not leave [0, 1]; levels off the path end up equal there, which `DenoiserTerm` refuses.
+    return jnp.append(jnp.clip(path.time(-2 * jnp.log(levels)), 0.0, 1.0), 1.0)
 
 
 __all__ = ["karras_grid", "log_snr_grid", "quadratic_grid", "uniform_grid"]

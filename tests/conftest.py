@@ -1,0 +1,25 @@
+"""float64, two CPU devices and strict promotion for every test; compiled programs are kept between runs and shared by the workers of one."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+
+def cpu_model() -> str:
+    """Code compiled for one CPU may crash on another, so each has its own cache."""
+    info = Path("/proc/cpuinfo")
+    lines = [line for line in info.read_text().splitlines() if line.startswith(("model name", "flags"))][:2] if info.exists() else []
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / f"jax-{cpu_model()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
