@@ -1,0 +1,32 @@
+"""Transport between two densities: interpolants, the fields they define, and flows and diffusions that sample with them."""
+
+from .interpolants import (
+    AffineInterpolant as AffineInterpolant,
+    BrownianBridgeGamma as BrownianBridgeGamma,
+    EncoderDecoderInterpolant as EncoderDecoderInterpolant,
+    Gamma as Gamma,
+    Interpolant as Interpolant,
+    LinearInterpolant as LinearInterpolant,
+    SineSquaredGamma as SineSquaredGamma,
+    SpatiallyLinearInterpolant as SpatiallyLinearInterpolant,
+    TrigonometricInterpolant as TrigonometricInterpolant,
+    VariancePreservingInterpolant as VariancePreservingInterpolant,
+    ZeroGamma as ZeroGamma,
+)
+from .mixture_fields import MixtureInterpolantFields as MixtureInterpolantFields
+from .stochastic_interpolants import (
+    GammaDiffusion as GammaDiffusion,
+    InterpolantLoss as InterpolantLoss,
+    InterpolantVelocityLoss as InterpolantVelocityLoss,
+    LatentLoss as LatentLoss,
+    ScoreFromLatent as ScoreFromLatent,
+    ScoreLoss as ScoreLoss,
+    VelocityFromScore as VelocityFromScore,
+    VelocityLoss as VelocityLoss,
+    backward_ode_term as backward_ode_term,
+    backward_sde_terms as backward_sde_terms,
+    forward_sde_terms as forward_sde_terms,
+    given_pairs as given_pairs,
+    ode_term as ode_term,
+    uniform_times as uniform_times,
+)
