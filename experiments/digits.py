@@ -2,8 +2,8 @@
 
     python experiments/digits.py [--preset smoke|default|mnist] [--out DIR] [--seed N] [--train.steps N --no-train.immiscible …]
 
-Methods of four papers meet here, each a plug that can be left out: score-based SDEs (path, samplers), min-SNR weighting, immiscible noise assignment, and the WSD
-schedule. Everything is written to DIR (see `ergodax.core.run`); the same command on the same DIR goes on where it stopped.
+Methods of four papers meet here, each a plug that can be left out: score-based SDEs (path, samplers), min-SNR weighting, immiscible noise
+assignment, and the WSD schedule. Everything is written to DIR (see `ergodax.core.run`); the same command on the same DIR goes on where it stopped.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from ergodax import data, nn
-from ergodax.core import CosinePath, Denoiser, DenoiserTerm, Fit, FlowMatchingPath, VelocityPrediction, VPPath, VPrediction, integrate
+from ergodax.core import CosinePath, Denoiser, DenoiserTerm, Fit, FlowMatchingPath, VelocityPrediction, VPPath, VPrediction, given_pairs, integrate
 from ergodax.core.check import check_count, check_range
 from ergodax.core.config import parse
 from ergodax.core.report import Report
@@ -37,7 +37,6 @@ from ergodax.diffusion import (
     Heun,
     Immiscible,
     MinSNR,
-    independent,
     karras_grid,
     uniform_weight,
 )
@@ -64,7 +63,7 @@ class Network:
     """The network: what kind, and how large."""
 
     kind: Literal["mlp", "unet", "dit"] = "mlp"
-    width: int = 512
+    width: int = 256
     depth: int = 3
 
 
@@ -72,9 +71,9 @@ class Network:
 class Training:
     """The main training run."""
 
-    steps: int = 6000
+    steps: int = 3000
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     warmup: float = 0.02  # share of the steps
     decay: float = 0.3  # share of the steps
@@ -152,7 +151,7 @@ def make_loss(config: Config) -> DenoisingLoss:
     """The training loss, with the plugs that the flags leave in."""
     path, prediction = PATHS[config.path]
     weight = MinSNR(config.train.gamma) if config.train.min_snr else uniform_weight
-    coupling = Immiscible() if config.train.immiscible else independent
+    coupling = Immiscible(within_condition=True) if config.train.immiscible else given_pairs
     return DenoisingLoss(path, prediction, weight=weight, coupling=coupling, label_dropout=config.train.label_dropout)
 
 
@@ -178,23 +177,25 @@ def make_fit(config: Config, split: data.Split, steps: int) -> Fit:
 
 
 def sampler(config: Config, solver, num_steps: int, guided: bool = False):
-    """`(model, keys, labels, guidance_scale) -> images`, one per key and label."""
+    """`(model, starts, keys, labels, guidance_scale) -> images`, one per start, key and label."""
     path, prediction = PATHS[config.path]
     # The last of the levels is followed by a step to no noise: num_steps network evaluations for a solver with one per step.
     times = karras_grid(path, num_steps, sigma_min=config.sample.sigma_min, sigma_max=config.sample.sigma_max)
 
-    def sample(model, keys, labels, guidance_scale, shape):
+    def sample(model, starts, keys, labels, guidance_scale=1.0):
         denoised = Denoiser(model, path, prediction)
         field = ClassifierFreeGuidance(denoised, guidance_scale) if guided else denoised
         term = DenoiserTerm(field, path, times)
 
-        def one(key, label):
-            key_prior, key_noise = jax.random.split(key)
-            return integrate(term, solver, path.prior(key_prior, shape), label, key=key_noise)
-
-        return jax.vmap(one)(keys, labels)
+        return jax.vmap(lambda start, key, label: integrate(term, solver, start, label, key=key))(starts, keys, labels)
 
     return sample
+
+
+def start(config: Config, seed: int, labels, shape: tuple[int, ...]):
+    """Where sampling starts: noise and a key for each label, the same for all solvers."""
+    key_prior, key_noise = jax.random.split(jax.random.key(seed))
+    return PATHS[config.path][0].prior(key_prior, (len(labels), *shape)), jax.random.split(key_noise, len(labels)), labels
 
 
 class Judge:
@@ -241,16 +242,14 @@ def steps_for(nfe: int, calls: int) -> int:
 
 def sample_all(config: Config, run: Run, model, split: data.Split, judge: Judge) -> dict[str, np.ndarray]:
     """Every solver at every NFE, from the same noise: measures, and ten images a class of the best at NFE 20."""
-    labels, shape = split.train_y, split.train_x.shape[1:]
-    keys = jax.random.split(jax.random.key(config.seed + 1), len(labels))
+    labels = split.train_y
+    begin = start(config, config.seed + 1, labels, split.train_x.shape[1:])
     out, jobs = {}, [(name, nfe) for name in SOLVERS for nfe in config.sample.nfe]
     arrays, static = eqx.partition(model, eqx.is_array)
-    one = jnp.ones(())
 
     def draw(solver, num_steps):
         make = sampler(config, solver, num_steps)
-        call = run.compiled("samples", lambda arrays, keys, labels: make(eqx.combine(arrays, static), keys, labels, one, shape), arrays, keys, labels)
-        return call(arrays, keys, labels)
+        return run.compiled("samples", lambda arrays, *begin: make(eqx.combine(arrays, static), *begin), arrays, *begin)(arrays, *begin)
 
     with run.bar("samples", len(jobs) + 1) as update:
         fine = draw(Heun(), 200)
@@ -267,12 +266,11 @@ def sample_all(config: Config, run: Run, model, split: data.Split, judge: Judge)
 
 def guide(config: Config, model, split: data.Split, judge: Judge) -> dict[str, np.ndarray]:
     """Guidance scales, vmapped in one program: accuracy against closeness to real digits."""
-    labels, shape = split.test_y, split.test_x.shape[1:]
-    keys = jax.random.split(jax.random.key(config.seed + 2), len(labels))
+    begin = start(config, config.seed + 2, split.test_y, split.test_x.shape[1:])
     make = sampler(config, DPMSolverPP2M(), 20, guided=True)
     scales = jnp.asarray(config.sample.guidance)
-    images = eqx.filter_jit(lambda model: jax.vmap(lambda scale: make(model, keys, labels, scale, shape))(scales))(model)
-    measures = [judge(batch, labels) for batch in images]
+    images = eqx.filter_jit(lambda model: jax.vmap(lambda scale: make(model, *begin, scale))(scales))(model)
+    measures = [judge(batch, split.test_y) for batch in images]
     return {"scale": scales} | {name: np.array([m[name] for m in measures]) for name in measures[0]}
 
 
@@ -452,8 +450,8 @@ def report(config, run, split, judge, rows, samples, guided, swept) -> None:
     page.code(json.dumps({"config": results["config"], "environment": results["environment"]}, indent=2))
     page.write(run.folder / "report.html")
     run.console.print(
-        f"best at NFE {at}: {best['solver']}, class accuracy {best['class_accuracy']:.3f}, sliced Wasserstein {best['sliced_wasserstein_ratio']:.2f}x its floor"
-        f"\nreport: {run.folder / 'report.html'}",
+        f"best at NFE {at}: {best['solver']}, class accuracy {best['class_accuracy']:.3f}, "
+        f"sliced Wasserstein {best['sliced_wasserstein_ratio']:.2f}x its floor\nreport: {run.folder / 'report.html'}",
         highlight=False,
         soft_wrap=True,
     )

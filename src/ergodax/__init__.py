@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from ergodax import core as core, data as data, diffusion as diffusion, nn as nn, schedules as schedules
-    from ergodax import testing as testing, transport as transport
+    from ergodax import (
+        core as core,
+        data as data,
+        diffusion as diffusion,
+        nn as nn,
+        schedules as schedules,
+        testing as testing,
+        transport as transport,
+    )
 
 __version__ = "0.1.0"
 

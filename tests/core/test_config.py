@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 import pytest
+
 from ergodax.core.config import UsageError, from_mapping, load, parse
 
 

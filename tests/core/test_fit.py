@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from ergodax.core import Fit, fit
 from ergodax.testing import count_traces
 
@@ -13,6 +14,13 @@ from ergodax.testing import count_traces
 X = jax.random.normal(jax.random.key(0), (60, 3))
 Y = X @ jnp.array([1.0, -2.0, 0.5]) + 0.3
 OPTIMISER = optax.adam(0.05)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax itself does not run under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 class Line(eqx.Module):
@@ -154,7 +162,7 @@ def test_a_bad_step_stops_the_run_at_the_last_good_state():
         fitted = Fit(breaking, LINE, OPTIMISER, data).run(jax.random.key(0), 8)
         return fitted.model.weight, fitted.failed_at, fitted.metrics["loss"]
 
-    weights, failed, losses = jax.jit(jax.vmap(train))(jnp.array([5, 100]))
+    weights, failed, losses = jax.jit(jax.vmap(train))(jnp.array([5, 100], jnp.int32))
     np.testing.assert_array_equal(failed, [5, -1])
     five = Fit(loss, LINE, OPTIMISER, lambda key, step: (X[:20], Y[:20])).run(jax.random.key(0), 5)
     np.testing.assert_allclose(weights[0], five.model.weight, rtol=1e-10)

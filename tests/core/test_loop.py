@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ergodax.core import DenoiserTerm, FlowMatchingPath, VPPath, integrate, iterate, with_noise
 from ergodax.data import eight_gaussians
-from ergodax.diffusion import Ancestral, DDIM, Heun, uniform_grid
+from ergodax.diffusion import DDIM, Ancestral, Heun, uniform_grid
 from ergodax.testing import assert_mean, count_traces
 
 
@@ -78,7 +79,7 @@ def test_noise_is_fresh_each_step_and_unit():
 
 def test_going_back_in_time_must_be_meant():
     back = jnp.array([0.0, 0.5, 0.3, 0.9])
-    with pytest.raises(ValueError, match="entries 1 and 2 are 0.5 and 0.3"):
+    with pytest.raises(ValueError, match=r"entries 1 and 2 are 0\.5 and 0\.3"):
         DenoiserTerm(MIXTURE.denoiser(PATH), PATH, back)
     restarted = DenoiserTerm(MIXTURE.denoiser(PATH), PATH, back, restarts=True)
     y = integrate(restarted, DDIM(), jnp.ones(2))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ergodax.core import AffinePath, CosinePath, EDMPath, FlowMatchingPath, SubVPPath, VEPath, VPPath
 from ergodax.testing import assert_mean, count_traces
 
@@ -24,7 +25,12 @@ def test_clocks_agree_with_each_other(path):
     np.testing.assert_allclose(path.log_sigma(TIMES), jnp.log(path.sigma(TIMES)), atol=1e-13)
     np.testing.assert_allclose(path.time(path.log_snr(TIMES)), TIMES, atol=1e-13)
     h = 1e-6
-    for clock, derivative in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma), (path.log_alpha, path.d_log_alpha), (path.log_sigma, path.d_log_sigma)):
+    for clock, derivative in (
+        (path.alpha, path.d_alpha),
+        (path.sigma, path.d_sigma),
+        (path.log_alpha, path.d_log_alpha),
+        (path.log_sigma, path.d_log_sigma),
+    ):
         difference = (clock(TIMES + h) - clock(TIMES - h)) / (2 * h)
         np.testing.assert_allclose(derivative(TIMES), difference, rtol=1e-6, atol=1e-8)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ergodax.core import (
     CosinePath,
     DataPrediction,
@@ -16,10 +17,10 @@ from ergodax.core import (
     ProbabilityFlow,
     ScorePrediction,
     SubVPPath,
+    VelocityPrediction,
     VEPath,
     VPPath,
     VPrediction,
-    VelocityPrediction,
 )
 from ergodax.data import eight_gaussians
 

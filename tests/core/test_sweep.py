@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ergodax.core import grid, sweep, traced
 from ergodax.testing import count_traces
 
@@ -98,7 +99,7 @@ def test_table_best_and_pivot():
     rates, seeds, cells = result.pivot("norm", "optim.rate", "seed")
     assert (rates, seeds) == ([0.1, 0.5], [0, 1, 2])
     np.testing.assert_allclose(cells, norms.reshape(2, 3))
-    with pytest.raises(ValueError, match="no column `nrom`; there are optim.rate"):
+    with pytest.raises(ValueError, match="no column `nrom`; there are optim"):
         result.best("nrom")
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ergodax.core import CosinePath, EDMPath, VPPath
 from ergodax.diffusion import karras_grid, log_snr_grid, quadratic_grid, uniform_grid
 

@@ -1,5 +1,6 @@
 """Drivers and vocabulary: paths, predictions, the sampler term, scan drivers, training, sweeps, the run shell. Knows no method."""
 
+from .batch import given_pairs as given_pairs, stratified_times as stratified_times, uniform_times as uniform_times
 from .fit import Fit as Fit, FitState as FitState, Fitted as Fitted, fit as fit
 from .likelihood import (
     ExactDivergence as ExactDivergence,

@@ -10,12 +10,15 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .check import require
 
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class UsageError(ValueError):
@@ -83,7 +86,7 @@ def _converted(default, value, where):
     return value
 
 
-def quit_with(error: Exception, code: int = 2) -> None:
+def quit_with(error: Exception, code: int = 2) -> NoReturn:
     """Print one line to stderr and end the program."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(code)

@@ -77,11 +77,12 @@ class Fit(eqx.Module):
         sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(self.data)}
         if len(sizes) != 1 or sizes == {()}:
             raise ValueError(f"the arrays of `data` must share one leading axis, got shapes {[leaf.shape for leaf in jax.tree.leaves(self.data)]}.")
-        check_count("batch_size", self.batch_size)
-        if self.batch_size > self._size:
-            raise ValueError(f"`batch_size` {self.batch_size} exceeds the {self._size} examples of `data`.")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"`accumulate` must divide `batch_size`, got {self.accumulate} and {self.batch_size}.")
+        batch_size = self.batch_size or 0
+        check_count("batch_size", batch_size)
+        if batch_size > self._size:
+            raise ValueError(f"`batch_size` {batch_size} exceeds the {self._size} examples of `data`.")
+        if batch_size % self.accumulate:
+            raise ValueError(f"`accumulate` must divide `batch_size`, got {self.accumulate} and {batch_size}.")
 
     @property
     def _size(self) -> int:
@@ -133,16 +134,16 @@ class Fit(eqx.Module):
         updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.model)
         model = eqx.apply_updates(state.model, updates)
         average = state.average
-        if average is not None:
+        if self.ema_decay is not None:
             n = state.step.astype(norm.dtype)
             decay = jnp.minimum(self.ema_decay, (1 + n) / (10 + n))
             average = jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), average, model)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        proposed = FitState(state.step, state.key, model, average, optimiser, state.failed_at)
         keep = good & (state.failed_at < 0)
-        kept = jax.tree.map(lambda new, old: jnp.where(keep, new, old), proposed._replace(key=None), state._replace(key=None))
+        new, old = (model, average, optimiser), (state.model, state.average, state.optimiser)
+        model, average, optimiser = jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
         failed_at = jnp.where(good | (state.failed_at >= 0), state.failed_at, state.step)
-        return kept._replace(step=state.step + 1, key=state.key, failed_at=failed_at), {"loss": loss, "grad_norm": norm} | aux
+        return FitState(state.step + 1, state.key, model, average, optimiser, failed_at), {"loss": loss, "grad_norm": norm} | aux
 
     def _gradient(self, params, batch, key):
         @eqx.filter_value_and_grad(has_aux=True)
@@ -187,7 +188,7 @@ def _epoch_indices(key, start, num_steps, size, batch_size):
     """Indices (num_steps, batch_size) of steps `start` … : epoch e is permutation number e, cut in whole batches."""
     per_epoch = size // batch_size
     first = start // per_epoch
-    epochs = first + jnp.arange((num_steps - 1) // per_epoch + 2)
+    epochs = first + jnp.arange((num_steps - 1) // per_epoch + 2, dtype=first.dtype)
     orders = jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(key, e), size))(epochs)
     batches = orders[:, : per_epoch * batch_size].reshape(-1, batch_size)
     return jax.lax.dynamic_slice_in_dim(batches, start - first * per_epoch, num_steps)

@@ -32,8 +32,8 @@ def integrate(
     - `y0`: the state at the start; for a `DenoiserTerm`, usually `path.prior(key, shape)`. One example or a batch.
     - `args`: passed to the model at every step.
     - `times`: step boundaries of shape (N + 1,), strictly increasing. Not for a `DenoiserTerm`, whose grid says it.
-    - `key`: for a stochastic solver on a bare `DenoiserTerm`: adds the noise term (`with_noise`). Deterministic solvers ignore it, so that solvers can be
-      exchanged.
+    - `key`: for a stochastic solver on a bare `DenoiserTerm`: adds the noise term (`with_noise`). Deterministic solvers ignore it, so that solvers
+      can be exchanged.
     - `save`: `save(t, y)` after each step; its results come stacked along a new leading axis of length N. `t` is the step's end (`grid` time for a
       `DenoiserTerm`).
 
@@ -91,15 +91,16 @@ def iterate(
     def advance(state, k):
         return step(jax.random.fold_in(key, k), state)[0], None
 
+    ks = jnp.arange(num_steps)
+    if save is None:
+        return jax.lax.scan(advance, state, ks)[0]
+
     def block(state, ks):
         if every > 1:
             state, _ = jax.lax.scan(advance, state, ks[:-1])
         state, info = step(jax.random.fold_in(key, ks[-1]), state)
         return state, save(state, info)
 
-    ks = jnp.arange(num_steps)
-    if save is None:
-        return jax.lax.scan(advance, state, ks)[0]
     return jax.lax.scan(block, state, ks.reshape(-1, every))
 
 

@@ -215,7 +215,7 @@ class EDMPath(AffinePath):
         return jnp.ones_like(jnp.asarray(t))
 
     def sigma(self, t):
-        return self.sigma_max * (1 - jnp.asarray(t))
+        return jnp.asarray((1 - jnp.asarray(t)) * self.sigma_max)
 
     def log_alpha(self, t):
         return jnp.zeros_like(jnp.asarray(t))

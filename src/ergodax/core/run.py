@@ -47,12 +47,10 @@ class Run:
         self.folder, self.config, self.save_seconds = Path(folder), config, save_seconds
         self.timing: dict[str, dict[str, float]] = {}
         self._claim()
-        rich = require("rich.console", "experiments")
-        self.console = rich.Console(stderr=True)
-        self._progress = None
+        self.console = require("rich.console", "experiments").Console(stderr=True)
+        self._progress = _progress_bars(self.console)
 
     def __enter__(self) -> "Run":
-        self._progress = _progress_bars(self.console)
         self._progress.start()
         return self
 
@@ -85,8 +83,8 @@ class Run:
         path = self.folder / "stages" / f"{name}.npz"
         if not path.exists():
             started = time.perf_counter()
-            arrays = {key: np.asarray(value) for key, value in compute().items()}
-            timing = self.timing.setdefault(name, {}) | {"seconds": time.perf_counter() - started}
+            arrays: dict[str, Any] = {key: np.asarray(value) for key, value in compute().items()}
+            timing = self.timing.get(name, {}) | {"seconds": time.perf_counter() - started}
             path.parent.mkdir(exist_ok=True)
             with _replacing(path) as file:
                 np.savez(file, __timing__=json.dumps(timing), **arrays)
@@ -98,7 +96,7 @@ class Run:
     def compiled(self, stage: str, fn: Callable, *args: Any) -> Callable:
         """`fn` compiled for arguments like `args`; the seconds are counted as compile time of `stage`."""
         started = time.perf_counter()
-        compiled = eqx.filter_jit(fn).lower(*args).compile()
+        compiled = eqx.filter_jit(fn).lower(*args).compile()  # pyrefly: ignore[missing-attribute]
         timing = self.timing.setdefault(stage, {})
         timing["compile_seconds"] = timing.get("compile_seconds", 0.0) + time.perf_counter() - started
         return compiled

@@ -14,12 +14,6 @@ from .guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .heun import Heun as Heun
 from .immiscible_diffusion import Immiscible as Immiscible, immiscible_assignment as immiscible_assignment
 from .min_snr import MinSNR as MinSNR
-from .objective import (
-    DenoisingLoss as DenoisingLoss,
-    independent as independent,
-    stratified_times as stratified_times,
-    uniform_times as uniform_times,
-    uniform_weight as uniform_weight,
-)
+from .objective import DenoisingLoss as DenoisingLoss, uniform_weight as uniform_weight
 from .score_sde import ReverseDiffusion as ReverseDiffusion
 from .solver import DenoiserSolver as DenoiserSolver, NoisyDenoiserSolver as NoisyDenoiserSolver

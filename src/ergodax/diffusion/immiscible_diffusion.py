@@ -13,16 +13,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from ..core.types import PRNGKey
+from ..core.types import PRNGKey, PyTree
 
 
 def immiscible_assignment(
-    data: Float[Array, "n *x"], noise: Float[Array, "n *x"], distance_dtype: jax.typing.DTypeLike | None = None
+    data: Float[Array, "n *x"],
+    noise: Float[Array, "n *x"],
+    distance_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    condition: PyTree = None,
 ) -> Int[Array, " n"]:
     """The permutation π: example b goes with `noise[π[b]]`. Exact (Hungarian algorithm, O(n³)).
 
     - `data`, `noise`: shape (n, *x).
     - `distance_dtype`: the dtype that data and noise are rounded to before distances are taken (the paper uses float16); default: as they come.
+    - `condition`: a pytree of leading axis n, such as labels: noise goes only to examples whose condition equals that of the example it was drawn
+      for.
 
     Raises `ValueError` if the shapes differ.
     """
@@ -33,19 +39,31 @@ def immiscible_assignment(
         # Rounded as the paper does, but summed in the working precision: float16 overflows on large images.
         rows, columns = (a.astype(distance_dtype).astype(a.dtype) for a in (rows, columns))
     squared = jnp.sum(rows**2, 1)[:, None] + jnp.sum(columns**2, 1) - 2 * rows @ columns.T
-    i, j = optax.assignment.hungarian_algorithm(jnp.sqrt(jnp.maximum(squared, 0.0)))
+    distance = jnp.sqrt(jnp.maximum(squared, 0.0))
+    for leaf in jax.tree.leaves(condition):
+        same = jnp.all((leaf[:, None] == leaf[None]).reshape(len(leaf), len(leaf), -1), axis=-1)
+        # A pair across conditions costs more than twice any pair within, so none is ever worth it: its two ends could go back at less.
+        distance = jnp.where(same, distance, 2 * jnp.max(distance) + distance)
+    i, j = optax.assignment.hungarian_algorithm(distance)
     return jnp.zeros_like(j).at[i].set(j)
 
 
 class Immiscible(eqx.Module):
-    """The coupling `(key, data, noise) -> reordered noise`, for `DenoisingLoss`. No gradient flows through the assignment."""
+    """The coupling `(key, data, noise, args) -> reordered noise`, for `DenoisingLoss`. No gradient flows through the assignment.
 
+    - `within_condition` (static, default False as in the paper): reorder noise only among examples with equal `args`. A conditional model needs this:
+      assignment across the batch makes the noise depend on the label, while sampling starts from noise that does not, and conditioning is lost (on
+      the 8 × 8 digits class accuracy fell from 0.98 to 0.64). Within a label the noise stays N(0, I).
+    - `distance_dtype` (static): see `immiscible_assignment`.
+    """
+
+    within_condition: bool = eqx.field(static=True, default=False)
     distance_dtype: jax.typing.DTypeLike | None = eqx.field(static=True, default=None)
 
-    def __call__(self, key: PRNGKey, data: Float[Array, "n *x"], noise: Float[Array, "n *x"]) -> Float[Array, "n *x"]:
+    def __call__(self, key: PRNGKey, data: Float[Array, "n *x"], noise: Float[Array, "n *x"], args: PyTree) -> Float[Array, "n *x"]:
         """The rows of `noise`, reordered. Deterministic; `key` is not used."""
-        assignment = immiscible_assignment(jax.lax.stop_gradient(data), jax.lax.stop_gradient(noise), self.distance_dtype)
-        return noise[assignment]
+        data, drawn = jax.lax.stop_gradient((data, noise))
+        return noise[immiscible_assignment(data, drawn, self.distance_dtype, condition=args if self.within_condition else None)]
 
 
 __all__ = ["Immiscible", "immiscible_assignment"]

@@ -3,8 +3,8 @@
     L = E_t E_{x₁, x₀} [ w(t) · mean((network(t, x_t) - p*)²) ],   x_t = α_t x₁ + σ_t x₀,   p* the target of the parametrisation.
 
 - weight w: `uniform_weight`, `MinSNR()`, or any `(path, prediction, t) -> array`;
-- times: `uniform_times`, `stratified_times`, or any `(key, n) -> (n,)`;
-- coupling: `independent`, `Immiscible()`, or any `(key, data, noise) -> noise`, which may only reorder the noise.
+- times: `core.uniform_times`, `core.stratified_times`, or any `(key, n) -> (n,)`;
+- coupling: `core.given_pairs` (the noise as drawn), `Immiscible()`, or any `(key, data, noise, args) -> noise`, which may only reorder the noise.
 """
 
 from collections.abc import Callable
@@ -14,38 +14,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..core.batch import given_pairs, stratified_times
 from ..core.check import check_range
 from ..core.path import AffinePath
 from ..core.prediction import Prediction
 from ..core.types import PRNGKey, PyTree, Scalar, VectorField
 
 
-#: Times stay this far from both ends, where a clock of some path is infinite. Song et al. 2021 (arXiv:2011.13456) use the same 1e-5 for VP.
-MARGIN = 1e-5
-
-
-def uniform_times(key: PRNGKey, n: int) -> Float[Array, " n"]:
-    """n independent times, uniform on [0, 1] less a margin of 1e-5."""
-    return jax.random.uniform(key, (n,), minval=MARGIN, maxval=1 - MARGIN)
-
-
-def stratified_times(key: PRNGKey, n: int) -> Float[Array, " n"]:
-    """n times, one uniform shift of an equal grid: each uniform, together spread.
-
-    Kingma, Salimans, Poole, Ho 2021 (arXiv:2107.00630), appendix I.1.
-    """
-    shift = jax.random.uniform(key, ())
-    return MARGIN + (1 - 2 * MARGIN) * jnp.mod(shift + jnp.arange(n) / n, 1.0)
-
-
 def uniform_weight(path: AffinePath, prediction: Prediction, t: Float[Array, "..."]) -> Float[Array, "..."]:
     """1: the plain mean squared error of the network's output."""
     return jnp.ones_like(t)
-
-
-def independent(key: PRNGKey, data: Float[Array, "n *x"], noise: Float[Array, "n *x"]) -> Float[Array, "n *x"]:
-    """The noise as it was drawn."""
-    return noise
 
 
 class DenoisingLoss(eqx.Module):
@@ -62,7 +40,7 @@ class DenoisingLoss(eqx.Module):
     prediction: Prediction
     weight: Callable = uniform_weight
     times: Callable = stratified_times
-    coupling: Callable = independent
+    coupling: Callable = given_pairs
     label_dropout: Scalar = 0.0
     null: PyTree = -1
 
@@ -76,7 +54,7 @@ class DenoisingLoss(eqx.Module):
             raise ValueError(f"the data of a batch must have shape (batch, *example), got {data.shape}.")
         n = data.shape[0]
         key_noise, key_coupling, key_time, key_drop = jax.random.split(key, 4)
-        noise = self.coupling(key_coupling, data, jax.random.normal(key_noise, data.shape, data.dtype))
+        noise = self.coupling(key_coupling, data, jax.random.normal(key_noise, data.shape, data.dtype), args)
         times = self.times(key_time, n).astype(data.dtype)
         dropped = jax.random.uniform(key_drop, (n,)) < self.label_dropout
 
@@ -90,4 +68,4 @@ class DenoisingLoss(eqx.Module):
         return jnp.mean(jax.vmap(one)(times, data, noise, dropped, args)), {}
 
 
-__all__ = ["DenoisingLoss", "independent", "stratified_times", "uniform_times", "uniform_weight"]
+__all__ = ["DenoisingLoss", "uniform_weight"]

@@ -1,7 +1,7 @@
 """The laws every plug obeys, as reusable checks. Describe the plug once, as a `Plug`, then `check_all(plug, folder)`.
 
-Equalities are checked in float64 to a relative 1e-9 of the largest value (compiled and eager code, batched and single code round differently), so run them with
-`jax_enable_x64`; the dtype law runs in float32 under it, where a stray float64 constant shows.
+Equalities are checked in float64 to a relative 1e-9 of the largest value (compiled and eager code, batched and single code round differently), so
+run them with `jax_enable_x64`; the dtype law runs in float32 under it, where a stray float64 constant shows.
 """
 
 import dataclasses

@@ -26,7 +26,5 @@ from .stochastic_interpolants import (
     backward_ode_term as backward_ode_term,
     backward_sde_terms as backward_sde_terms,
     forward_sde_terms as forward_sde_terms,
-    given_pairs as given_pairs,
     ode_term as ode_term,
-    uniform_times as uniform_times,
 )

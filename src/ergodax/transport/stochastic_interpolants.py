@@ -26,20 +26,11 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
+from ..core.batch import given_pairs, uniform_times
 from ..core.check import check_range
 from ..core.likelihood import TimeReversed
 from ..core.types import PRNGKey, PyTree, Scalar, Time, VectorField
 from .interpolants import Gamma, Interpolant
-
-
-def uniform_times(key: PRNGKey, n: int) -> Float[Array, " n"]:
-    """n independent times, uniform on [1e-5, 1 - 1e-5]: at the ends themselves γ = 0 and some targets are infinite."""
-    return jax.random.uniform(key, (n,), minval=1e-5, maxval=1 - 1e-5)
-
-
-def given_pairs(key: PRNGKey, target: Float[Array, "n *x"], source: Float[Array, "n *x"]) -> Float[Array, "n *x"]:
-    """The source rows as they came: row i of x₀ goes with row i of x₁."""
-    return source
 
 
 class InterpolantLoss(eqx.Module):
@@ -48,7 +39,7 @@ class InterpolantLoss(eqx.Module):
     - `batch`: (x₀, x₁) of shape (B, *x) each, or (x₀, x₁, args) with `args` a pytree of leading axis B.
     - `model`: a network on ONE example, `(t, x, args) -> array like x`; vmapped here.
     - `times`: `(key, n) -> (n,)` (default `uniform_times`).
-    - `coupling`: `(key, x₁, x₀) -> x₀`, which pairs the rows anew (default `given_pairs`), for instance by optimal transport.
+    - `coupling`: `(key, x₁, x₀, args) -> x₀`, which pairs the rows anew (default `given_pairs`), for instance by optimal transport.
     - `antithetic` (static): average over z and -z, at two model calls an example. A target that grows as 1/γ or γ' at the ends has infinite variance
       there; the pair cancels it to leading order. On by default for those (`VelocityLoss`, `ScoreLoss`), off for the bounded ones.
 
@@ -70,7 +61,7 @@ class InterpolantLoss(eqx.Module):
         if x0.shape != x1.shape or x0.ndim < 1:
             raise ValueError(f"x₀ and x₁ must have one shape (batch, *example), got {x0.shape} and {x1.shape}.")
         key_coupling, key_time, key_latent = jax.random.split(key, 3)
-        x0 = self.coupling(key_coupling, x1, x0)
+        x0 = self.coupling(key_coupling, x1, x0, args)
         t = self.times(key_time, x0.shape[0]).astype(x0.dtype)
         z = jax.random.normal(key_latent, x0.shape, x0.dtype)
 
@@ -256,7 +247,5 @@ __all__ = [
     "backward_ode_term",
     "backward_sde_terms",
     "forward_sde_terms",
-    "given_pairs",
     "ode_term",
-    "uniform_times",
 ]

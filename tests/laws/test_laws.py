@@ -1,0 +1,23 @@
+"""Every law on every row of the table, and a row for every catalogued method."""
+
+import pytest
+
+from ergodax import catalog
+from ergodax.testing import LAWS as CHECKS, check_checkpoint
+
+from .table import LAWS
+
+
+def test_every_method_has_a_row():
+    assert sorted(LAWS) == sorted(method.slug for method in catalog.load())
+
+
+@pytest.mark.parametrize("law", CHECKS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("slug", LAWS)
+def test_law(slug, law):
+    law(LAWS[slug])
+
+
+@pytest.mark.parametrize("slug", LAWS)
+def test_state_survives_a_checkpoint(slug, tmp_path):
+    check_checkpoint(LAWS[slug], tmp_path)
