@@ -8,7 +8,7 @@ import pytest
 
 from ergodax.nn import DiT, FourierTime, LabelEmbedding, TimeMLP, UNet
 from ergodax.nn.dit import patchify, position_code, unpatchify
-from ergodax.nn.layers import Attention, Conv, Linear, dropout, group_normalise, normalise, scan_layers
+from ergodax.nn.layers import Attention, Conv, Linear, conv_as_convolution, conv_as_product, dropout, group_normalise, normalise, scan_layers
 
 
 KEY = jax.random.key(7)
@@ -48,12 +48,10 @@ def group_standard(x, groups):
 def conv(layer, x):
     """Padding `SAME` needs one row and column before and after at stride 1, and one after at stride 2 (even sides)."""
     h, w, _ = x.shape
-    kernel, stride = np.asarray(layer.weight), layer.stride
-    pad = kernel.shape[0] // 2
-    x = np.pad(x, ((pad if stride == 1 else 0, pad),) * 2 + ((0, 0),))
-    rows, columns = range(0, h, stride), range(0, w, stride)
-    windows = np.asarray([[x[i : i + kernel.shape[0], j : j + kernel.shape[1]] for j in columns] for i in rows])
-    return np.einsum("rcijk,ijkl->rcl", windows, kernel) + np.asarray(layer.bias)
+    x = np.pad(x, ((2 - layer.stride, 1),) * 2 + ((0, 0),))
+    rows, columns = range(0, h, layer.stride), range(0, w, layer.stride)
+    windows = np.asarray([[x[i : i + 3, j : j + 3] for j in columns] for i in rows])
+    return np.einsum("rcijk,ijkl->rcl", windows, np.asarray(layer.weight)) + np.asarray(layer.bias)
 
 
 def attend(layer, x):
@@ -80,7 +78,8 @@ def fourier(t, size, max_frequency):
 def test_layers():
     for stride in (1, 2):
         layer = random_network(lambda key, stride=stride: Conv(3, 5, stride=stride, key=key))
-        np.testing.assert_allclose(jax.jit(lambda layer, x: layer(x))(layer, jnp.asarray(IMAGE)), conv(layer, IMAGE), atol=1e-12)
+        for way in (conv_as_product, conv_as_convolution):
+            np.testing.assert_allclose(way(jnp.asarray(IMAGE), layer.weight, stride) + layer.bias, conv(layer, IMAGE), atol=1e-12)
     layer = random_network(lambda key: Attention(8, 2, key=key), scale=1.0)
     tokens = RNG.normal(size=(5, 8))
     np.testing.assert_allclose(jax.jit(lambda layer, x: layer(x))(layer, jnp.asarray(tokens)), attend(layer, tokens), atol=1e-12)
@@ -178,7 +177,7 @@ def test_unet_is_its_graph():
         shift, scale = np.split(dense(b.modulation, c), 2)
         y = conv(b.conv1, silu(norm(b.norm, h)))
         y = conv(b.conv2, silu(group_standard(y, y.shape[-1] // 4) * (1 + scale) + shift))
-        return y + (h if b.shortcut is None else h @ np.asarray(b.shortcut.weight)[0, 0] + np.asarray(b.shortcut.bias))
+        return y + (h if b.shortcut is None else dense(b.shortcut, h))
 
     down, up, attention = network.down, network.up, network.attention
     first = block(down[0][0], conv(network.inner, IMAGE))
@@ -206,7 +205,7 @@ def test_unet_uses_every_skip():
             return network.up[level][i].conv1.weight, network.up[level][i].shortcut.weight
 
         skipped = 4 * (level + 1)
-        weights = [np.concatenate([w[:, :, :-skipped], np.zeros_like(w[:, :, -skipped:])], 2) for w in map(np.asarray, read(network))]
+        weights = [np.concatenate([w[..., :-skipped, :], np.zeros_like(w[..., -skipped:, :])], -2) for w in map(np.asarray, read(network))]
         cut = eqx.tree_at(read, network, [jnp.asarray(w) for w in weights])
         assert np.abs(evaluate(cut) - whole).max() > 1e-3
 
@@ -278,11 +277,11 @@ def test_parameter_counts():
     dit = conditioning + (8 * w + w) + depth * block + (w * 2 * w + 2 * w) + (w * 8 + 8)
     assert size(lambda key: DiT((4, 4, 2), 2, w, depth, 3, classes, key=key)) == dit
 
-    def conv(a, b, side=3):
-        return side * side * a * b + b
+    def conv(a, b):
+        return 9 * a * b + b
 
     def residual(a, b):
-        return 2 * a + conv(a, b) + (4 * w * 2 * b + 2 * b) + conv(b, b) + (conv(a, b, 1) if a != b else 0)
+        return 2 * a + conv(a, b) + (4 * w * 2 * b + 2 * b) + conv(b, b) + (a * b + b if a != b else 0)
 
     conditioning = (64 * 4 * w + 4 * w) + (4 * w * 4 * w + 4 * w)
     down = residual(w, w) + residual(w, w) + conv(w, w) + residual(w, 2 * w) + residual(2 * w, 2 * w)

@@ -104,7 +104,7 @@ def test_without_noise_it_is_flow_matching():
 def test_coupling_pairs_the_rows():
     x0, x1 = jax.random.normal(jax.random.key(0), (2, 5, 3))
     model, key = (lambda t, x, args: t * x), jax.random.key(1)
-    coupled = LatentLoss(LinearInterpolant(), coupling=lambda key, target, source: source[::-1])
+    coupled = LatentLoss(LinearInterpolant(), coupling=lambda key, target, source, args: source[::-1])
     np.testing.assert_allclose(coupled(model, (x0, x1), key)[0], LatentLoss(LinearInterpolant())(model, (x0[::-1], x1), key)[0], rtol=1e-14)
     with pytest.raises(ValueError, match="one shape"):
         coupled(model, (x0, x1[:, :2]), key)

@@ -23,6 +23,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .check import check_count, require
@@ -134,12 +135,11 @@ class Run:
             state = checkpoints.restore(state)
             rows = self._rows(name, int(state.step))
             done = int(state.step)
-            if done < num_steps:
-                advance = self.compiled(name, lambda state: fitting.advance(state, fitting.every), state)
+            advance = self.compiled(name, lambda state: fitting.advance(state, fitting.every), state) if done < num_steps else None
             before = rows[-1]["seconds"] if rows else 0.0
             started = saved = time.perf_counter()
             with self.bar(name, num_steps) as update, (self.folder / "metrics.jsonl").open("a") as log, _interruptible() as interrupted:
-                while done < num_steps:
+                while advance is not None and done < num_steps:
                     state, metrics = advance(state)
                     metrics = {key: float(value[0]) for key, value in jax.device_get(metrics).items()}
                     done = int(state.step)
@@ -156,7 +156,7 @@ class Run:
                     if interrupted():
                         raise KeyboardInterrupt
         self.timing.setdefault(name, {})["seconds"] = rows[-1]["seconds"]
-        metrics = {key: np.array([row[key] for row in rows]) for key in rows[-1] if key not in ("run", "step", "seconds")}
+        metrics = {key: jnp.array([row[key] for row in rows]) for key in rows[-1] if key not in ("run", "step", "seconds")}
         return fitting.result(state, metrics), rows
 
     def _rows(self, name, step):
@@ -214,10 +214,10 @@ class _Checkpoints:
         """The last state saved, or `state` if there is none."""
         if (step := self.latest()) is None:
             return state
+        names = list(_named(state))
         saved = self._manager.restore(step, args=self._orbax.args.StandardRestore(_named(state)))
         leaves, structure = jax.tree.flatten(state)
-        restored = [_like(old, new) for old, new in zip(leaves, saved.values(), strict=True)]
-        return jax.tree.unflatten(structure, restored)
+        return jax.tree.unflatten(structure, [_like(old, saved[name]) for name, old in zip(names, leaves, strict=True)])
 
 
 def _named(state):

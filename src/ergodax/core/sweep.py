@@ -106,21 +106,21 @@ def sweep(
 
     Returns a `SweepResult`. Raises `ValueError` for unknown fields, values that cannot be compared, or no runs, before compiling anything.
     """
-    overrides = [dict(override) for override in overrides]
-    if not overrides:
+    runs = [dict(override) for override in overrides]
+    if not runs:
         raise ValueError("a sweep needs at least one run, got no overrides.")
     if batch_size is not None:
         check_count("batch_size", batch_size)
     devices = jax.local_devices() if devices is None else list(devices)
     groups: dict[Any, list[int]] = {}
-    for i, override in enumerate(overrides):
+    for i, override in enumerate(runs):
         groups.setdefault(_signature(base, override), []).append(i)
 
-    outputs: list[Any] = [None] * len(overrides)
+    outputs: list[Any] = [None] * len(runs)
     done, reports = 0, []
     for places in groups.values():
-        static, names = _split(base, overrides[places[0]])
-        columns = [np.stack([_leaf(base, name, overrides[i][name]) for i in places]) for name in names]
+        static, names = _split(base, runs[places[0]])
+        columns = [np.stack([_leaf(base, name, runs[i][name]) for i in places]) for name in names]
         per_device = -(-len(places) // len(devices))
         lanes = min(per_device, batch_size or per_device)
         chunk = lanes * min(len(devices), -(-len(places) // lanes))
@@ -133,9 +133,9 @@ def sweep(
                 outputs[place] = jax.tree.map(lambda a, lane=lane: a[lane], out)
             done += len(here)
             if progress is not None:
-                progress(done, len(overrides))
+                progress(done, len(runs))
         reports.append(Group(static, tuple(places), compile_seconds, time.perf_counter() - started))
-    return SweepResult(overrides, outputs, reports)
+    return SweepResult(runs, outputs, reports)
 
 
 def replace(config: Any, overrides: Mapping[str, Any]) -> Any:
@@ -160,11 +160,11 @@ def _field(config, head, name):
 
 def _find(base, name):
     """The field and the value that `name` stands for."""
-    value, field = base, None
-    for head in name.split("."):
-        field = _field(value, head, name)
-        value = getattr(value, head)
-    return field, value
+    *parents, last = name.split(".")
+    for head in parents:
+        _field(base, head, name)
+        base = getattr(base, head)
+    return _field(base, last, name), getattr(base, last)
 
 
 def _is_traced(base, name, value):

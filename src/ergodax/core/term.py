@@ -79,18 +79,18 @@ class DenoiserTerm(dfx.AbstractTerm):
         w, i = s - i, i.astype(int)
         return (1 - w) * self.grid[i] + w * self.grid[i + 1]
 
-    def vf(self, s, y, args):
-        """The model at index `s`: a `Posterior`."""
-        t = self.time(s).astype(y.dtype)
-        denoised = self.denoised(t, y, args)
-        velocity = VelocityPrediction().from_denoised(self.path, t, y, denoised)
-        return Posterior(denoised, velocity, self.path.diffusion(t))
+    def vf(self, t, y, args):
+        """The model at step index `t`: a `Posterior`."""
+        time = self.time(t).astype(y.dtype)
+        denoised = self.denoised(time, y, args)
+        velocity = VelocityPrediction().from_denoised(self.path, time, y, denoised)
+        return Posterior(denoised, velocity, self.path.diffusion(time))
 
-    def contr(self, s0, s1, **kwargs):
-        """The clocks of the step from `s0` to `s1`: a `Step`."""
-        t0, t1 = self.time(s0), self.time(s1)
+    def contr(self, t0, t1, **kwargs):
+        """The clocks of the step from index `t0` to `t1`: a `Step`."""
+        start, end = self.time(t0), self.time(t1)
         path = self.path
-        return Step(t0, t1, path.log_alpha(t0), path.log_alpha(t1), path.log_sigma(t0), path.log_sigma(t1))
+        return Step(start, end, path.log_alpha(start), path.log_alpha(end), path.log_sigma(start), path.log_sigma(end))
 
     def prod(self, vf, control):
         """The probability flow's first-order increment, u Δt."""

@@ -6,7 +6,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..core.check import check_count, check_range
+from ..core.check import check_count, check_range, is_concrete
 from ..core.path import AffinePath
 from ..core.types import Scalar
 
@@ -33,7 +33,7 @@ def quadratic_grid(num_steps: int, start: Scalar = 0.0, end: Scalar = 1.0) -> Fl
 def log_snr_grid(path: AffinePath, num_steps: int, start: Scalar = 1e-3, end: Scalar = 1 - 1e-3) -> Float[Array, " steps"]:
     """Equal steps of log(α²/σ²), which must be finite at both ends. Lu et al. 2022 (arXiv:2206.00927), section 3.4."""
     _check(num_steps, start, end)
-    ends = path.log_snr(jnp.asarray(start, float)), path.log_snr(jnp.asarray(end, float))
+    ends = path.log_snr(jnp.asarray(start)), path.log_snr(jnp.asarray(end))
     # The ends are what was asked for, to the bit: an inverse only rounds.
     return path.time(jnp.linspace(*ends, num_steps + 1)).at[0].set(start).at[-1].set(end)
 
@@ -46,7 +46,7 @@ def karras_grid(path: AffinePath, num_steps: int, sigma_min: Scalar = 0.002, sig
     """
     check_count("num_steps", num_steps, low=2)
     check_range("sigma_min", sigma_min, low=0.0, open_low=True)
-    check_range("sigma_max", sigma_max, low=sigma_min, open_low=True)
+    check_range("sigma_max", sigma_max, low=float(sigma_min) if is_concrete(sigma_min) else 0.0, open_low=True)
     check_range("rho", rho, low=0.0, open_low=True)
     levels = jnp.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
     # Rounding must not leave [0, 1]; levels off the path end up equal there, which `DenoiserTerm` refuses.

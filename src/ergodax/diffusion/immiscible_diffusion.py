@@ -44,7 +44,8 @@ def immiscible_assignment(
         same = jnp.all((leaf[:, None] == leaf[None]).reshape(len(leaf), len(leaf), -1), axis=-1)
         # A pair across conditions costs more than twice any pair within, so none is ever worth it: its two ends could go back at less.
         distance = jnp.where(same, distance, 2 * jnp.max(distance) + distance)
-    i, j = optax.assignment.hungarian_algorithm(distance)
+    # optax's loop carries numbers of the default dtype.
+    i, j = optax.assignment.hungarian_algorithm(distance.astype(float))
     return jnp.zeros_like(j).at[i].set(j)
 
 

@@ -29,7 +29,7 @@ def patchify(x: Float[Array, "height width channels"], patch: int) -> Float[Arra
     return squares.reshape(-1, patch * patch * channels)
 
 
-def unpatchify(tokens: Float[Array, "tokens size"], shape: tuple[int, int, int], patch: int) -> Float[Array, "height width channels"]:
+def unpatchify(tokens: Float[Array, "tokens size"], shape: tuple[int, ...], patch: int) -> Float[Array, "height width channels"]:
     """The image of `shape` whose patches are `tokens`: the inverse of `patchify`."""
     h, w, channels = shape
     squares = tokens.reshape(h // patch, w // patch, patch, patch, channels).transpose(0, 2, 1, 3, 4)
@@ -84,7 +84,7 @@ class DiT(eqx.Module):
     blocks: _Block
     modulation: Linear
     outer: Linear
-    shape: tuple[int, int, int] = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
     patch: int = eqx.field(static=True)
 
     def __init__(
@@ -113,7 +113,7 @@ class DiT(eqx.Module):
         self.blocks = eqx.filter_vmap(lambda k: _Block(width, heads, mlp_ratio, key=k, dtype=dtype))(jax.random.split(key_blocks, depth))
         self.modulation = Linear(width, 2 * width, dtype=dtype)
         self.outer = Linear(width, size, dtype=dtype)
-        self.shape = tuple(shape)
+        self.shape = shape
         self.patch = patch
 
     def __call__(self, t: Time, x: Float[Array, "*x"], args: PyTree = None, *, key: PRNGKey | None = None) -> Float[Array, "*x"]:

@@ -4,7 +4,9 @@ So a network goes through `jax.jit`, `jax.grad` and optax as it stands, with no 
 in the dtype of their parameters; normalisation and softmax compute in at least float32.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -65,26 +67,41 @@ class Linear(eqx.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Conv(eqx.Module):
-    """A two-dimensional convolution with padding `SAME`: (height, width, in) -> (height / stride, width / stride, out).
+def conv_as_product(x: Float[Array, "height width in_channels"], weight: Array, stride: int) -> Float[Array, "rows columns out_channels"]:
+    """A 3x3 convolution with padding `SAME` as a product of (rows, columns, 9 · in) with (9 · in, out)."""
+    h, w, channels = x.shape
+    before = (3 - stride) // 2
+    after = 3 - stride - before
+    x = jnp.pad(x, ((before, after), (before, after), (0, 0)))
+    shifted = [x[i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifted, -1) @ weight.reshape(9 * channels, -1)
 
-    Xavier-uniform weights and a bias of zero; all zero without a `key`. Channels last, the layout in which XLA's CPU convolution is fastest.
+
+def conv_as_convolution(x: Float[Array, "height width in_channels"], weight: Array, stride: int) -> Float[Array, "rows columns out_channels"]:
+    """The same as XLA's convolution."""
+    return jax.lax.conv_general_dilated(x[None], weight, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
+
+
+class Conv(eqx.Module):
+    """A 3x3 convolution with padding `SAME`: (height, width, in) -> (height / stride, width / stride, out), sides multiples of `stride`, 1 or 2.
+
+    Xavier-uniform weights and a bias of zero; all zero without a `key`. On CPU it runs as one matrix product over shifted copies, because XLA's CPU
+    convolution is tens of times slower inside a `scan` (jax-ml/jax#12868), where training happens; elsewhere as XLA's convolution.
     """
 
-    weight: Float[Array, "*lanes side side in_channels out_channels"]
+    weight: Float[Array, "*lanes 3 3 in_channels out_channels"]
     bias: Float[Array, "*lanes out_channels"]
     stride: int = eqx.field(static=True)
 
-    def __init__(self, in_channels: int, out_channels: int, side: int = 3, *, stride: int = 1, key: PRNGKey | None = None, dtype=None):
-        self.weight = _xavier(key, (side, side, in_channels, out_channels), side**2 * (in_channels + out_channels), dtype)
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, key: PRNGKey | None = None, dtype=None):
+        self.weight = _xavier(key, (3, 3, in_channels, out_channels), 9 * (in_channels + out_channels), dtype)
         self.bias = _xavier(None, (out_channels,), 1, dtype)
         self.stride = stride
 
     def __call__(self, x: Float[Array, "height width in_channels"], *, key: PRNGKey | None = None) -> Float[Array, "rows columns out_channels"]:
         """The convolution of one image."""
-        strides = (self.stride, self.stride)
-        y = jax.lax.conv_general_dilated(x[None], self.weight, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y[0] + self.bias
+        product, convolution = (functools.partial(f, stride=self.stride) for f in (conv_as_product, conv_as_convolution))
+        return jax.lax.platform_dependent(x, self.weight, cpu=product, default=convolution) + self.bias
 
 
 class Attention(eqx.Module):
@@ -146,7 +163,7 @@ def dropout(x: Float[Array, "*x"], rate: float, key: PRNGKey | None) -> Float[Ar
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def scan_layers(layers: eqx.Module, h: Float[Array, "*h"], c: Float[Array, " cond"], key: PRNGKey | None = None) -> Float[Array, "*h"]:
+def scan_layers(layers: Callable, h: Float[Array, "*h"], c: Float[Array, " cond"], key: PRNGKey | None = None) -> Float[Array, "*h"]:
     """`h` through stacked `layers` (leaves with a leading axis of depth), each called as `layer(h, c, key=...)`; compiles one layer.
 
     Up to four layers are unrolled: they compile fast enough, and XLA fuses across them.
@@ -163,6 +180,8 @@ __all__ = [
     "Linear",
     "check_example",
     "check_image",
+    "conv_as_convolution",
+    "conv_as_product",
     "dropout",
     "group_normalise",
     "modulate",

@@ -33,7 +33,7 @@ class _ResidualBlock(eqx.Module):
     conv1: Conv
     modulation: Linear
     conv2: Conv
-    shortcut: Conv | None
+    shortcut: Linear | None
     rate: float = eqx.field(static=True)
 
     def __init__(self, in_channels, out_channels, cond, rate, *, key, dtype):
@@ -42,7 +42,7 @@ class _ResidualBlock(eqx.Module):
         self.conv1 = Conv(in_channels, out_channels, key=key_conv, dtype=dtype)
         self.modulation = Linear(cond, 2 * out_channels, dtype=dtype)
         self.conv2 = Conv(out_channels, out_channels, dtype=dtype)
-        self.shortcut = None if in_channels == out_channels else Conv(in_channels, out_channels, 1, key=key_shortcut, dtype=dtype)
+        self.shortcut = None if in_channels == out_channels else Linear(in_channels, out_channels, key=key_shortcut, dtype=dtype)
         self.rate = rate
 
     def __call__(self, x, c, *, key=None):
@@ -89,7 +89,7 @@ class UNet(eqx.Module):
     upsample: tuple[Conv, ...]
     norm: _GroupNorm
     outer: Conv
-    shape: tuple[int, int, int] = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class UNet(eqx.Module):
         self.upsample = tuple(conv(w, w) for w in widths[1:])
         self.norm = _GroupNorm(widths[0], dtype=dtype)
         self.outer = Conv(widths[0], shape[-1], dtype=dtype)
-        self.shape = tuple(shape)
+        self.shape = shape
 
     def __call__(self, t: Time, x: Float[Array, "*x"], args: PyTree = None, *, key: PRNGKey | None = None) -> Float[Array, "*x"]:
         """The network at one scalar `t` and one image `x`; `key` switches dropout on."""

@@ -59,7 +59,7 @@ class BrownianBridgeGamma(Gamma):
 
     def square(self, t):
         t = jnp.asarray(t)
-        return self.scale * t * (1 - t)
+        return jnp.asarray(self.scale * t * (1 - t))
 
 
 class SineSquaredGamma(Gamma):
@@ -76,7 +76,7 @@ class SineSquaredGamma(Gamma):
         return self.scale * jnp.sin(jnp.pi * jnp.minimum(t, 1 - t)) ** 2
 
     def square(self, t):
-        return self(t) ** 2
+        return jnp.asarray(self(t) ** 2)
 
 
 class ZeroGamma(Gamma):
@@ -193,7 +193,7 @@ class AffineInterpolant(SpatiallyLinearInterpolant):
     I(0) = x₀ holds exactly where σ(0) = 1 and α(0) = 0; other paths start where their prior does.
     """
 
-    path: AffinePath
+    path: AffinePath  # pyrefly: ignore[bad-class-definition]  # an AbstractVar is no field
     gamma: Gamma = ZeroGamma()
 
     def source_share(self, t):

@@ -159,7 +159,7 @@ class GammaDiffusion(eqx.Module):
 
     def __call__(self, t: Time) -> Float[Array, "..."]:
         """ε, broadcast over `t`."""
-        return self.scale * self.gamma(t)
+        return jnp.asarray(self.scale * self.gamma(t))
 
 
 class _Epsilon(eqx.Module):
