@@ -1,10 +1,13 @@
 """Drivers and vocabulary: paths, predictions, the sampler term, scan drivers, training, sweeps, the run shell. Knows no method."""
 
+from .adapt import FromFunction as FromFunction, from_linen as from_linen, from_nnx as from_nnx
 from .batch import given_pairs as given_pairs, stratified_times as stratified_times, uniform_times as uniform_times
 from .fit import Fit as Fit, FitState as FitState, Fitted as Fitted, fit as fit
 from .likelihood import (
+    AugmentedVelocity as AugmentedVelocity,
     ExactDivergence as ExactDivergence,
     HutchinsonDivergence as HutchinsonDivergence,
+    TimeReversed as TimeReversed,
     log_likelihood as log_likelihood,
     standard_normal_log_prob as standard_normal_log_prob,
 )

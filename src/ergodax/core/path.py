@@ -111,11 +111,8 @@ class FlowMatchingPath(AffinePath):
         return 1 / (jnp.exp(-jnp.asarray(log_snr) / 2) + 1 - self.sigma_min)
 
 
-class VPPath(AffinePath):
-    """Variance preserving: α² = exp(-B), σ² = 1 - exp(-B), B(u) = ∫₀ᵘ β, β linear in u = 1 - t from `beta_min` to `beta_max`.
-
-    Song et al. 2021 (arXiv:2011.13456) eq. 11 and appendix C, the limit of DDPM; defaults 0.1 and 20 are theirs.
-    """
+class _LinearBetaPath(AffinePath):
+    """What the two paths with a linear β share: α = exp(-B/2), B(u) = ∫₀ᵘ β = u β_min + u² (β_max - β_min)/2, u = 1 - t."""
 
     beta_min: Scalar = 0.1
     beta_max: Scalar = 20.0
@@ -127,46 +124,46 @@ class VPPath(AffinePath):
     def alpha(self, t):
         return jnp.exp(self.log_alpha(t))
 
+    def log_alpha(self, t):
+        u = 1 - jnp.asarray(t)
+        return -(u * self.beta_min + u**2 * (self.beta_max - self.beta_min) / 2) / 2
+
+    def _time(self, integral):
+        """The t with B(1 - t) = `integral`: the root of the quadratic in its form without cancellation."""
+        root = jnp.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral)
+        return 1 - 2 * integral / (self.beta_min + root)
+
+
+class VPPath(_LinearBetaPath):
+    """Variance preserving: α² = exp(-B), σ² = 1 - exp(-B), B(u) = ∫₀ᵘ β, β linear in u = 1 - t from `beta_min` to `beta_max`.
+
+    Song et al. 2021 (arXiv:2011.13456) eq. 11 and appendix C, the limit of DDPM; defaults 0.1 and 20 are theirs.
+    """
+
     def sigma(self, t):
         return jnp.sqrt(-jnp.expm1(2 * self.log_alpha(t)))
-
-    def log_alpha(self, t):
-        return -_integrated_beta(t, self.beta_min, self.beta_max) / 2
 
     def log_sigma(self, t):
         return jnp.log(-jnp.expm1(2 * self.log_alpha(t))) / 2
 
     def time(self, log_snr):
         # SNR = 1 / (e^B - 1)
-        return _time_of_integrated_beta(jax.nn.softplus(-jnp.asarray(log_snr)), self.beta_min, self.beta_max)
+        return self._time(jax.nn.softplus(-jnp.asarray(log_snr)))
 
 
-class SubVPPath(AffinePath):
+class SubVPPath(_LinearBetaPath):
     """Sub-variance-preserving: α = exp(-B/2), σ = 1 - exp(-B), with the B of `VPPath`. Song et al. 2021 (arXiv:2011.13456) eq. 12, 29."""
-
-    beta_min: Scalar = 0.1
-    beta_max: Scalar = 20.0
-
-    def __check_init__(self):
-        check_range("beta_min", self.beta_min, low=0.0)
-        check_range("beta_max", self.beta_max, low=0.0, open_low=True)
-
-    def alpha(self, t):
-        return jnp.exp(self.log_alpha(t))
 
     def sigma(self, t):
         return -jnp.expm1(2 * self.log_alpha(t))
-
-    def log_alpha(self, t):
-        return -_integrated_beta(t, self.beta_min, self.beta_max) / 2
 
     def log_sigma(self, t):
         return jnp.log(self.sigma(t))
 
     def time(self, log_snr):
-        # α / (1 - α²) = 1/r, so α = (√(r² + 4) - r)/2
+        # α / (1 - α²) = 1/r, so 1/α = (√(r² + 4) + r)/2
         r = jnp.exp(-jnp.asarray(log_snr) / 2)
-        return _time_of_integrated_beta(2 * jnp.log((r + jnp.sqrt(r**2 + 4)) / 2), self.beta_min, self.beta_max)
+        return self._time(2 * jnp.log((r + jnp.sqrt(r**2 + 4)) / 2))
 
 
 class VEPath(AffinePath):
@@ -266,18 +263,6 @@ class CosinePath(AffinePath):
         cos_phi = jnp.sqrt(alpha2) * self._cos_start
         sin_phi = jnp.sqrt(sigma2 + alpha2 * (1 - self._cos_start**2))
         return jnp.arctan2(cos_phi, sin_phi) * (2 / jnp.pi) * (1 + self.offset)
-
-
-def _integrated_beta(t, beta_min, beta_max):
-    """B(u) = u β_min + u² (β_max - β_min)/2 at u = 1 - t."""
-    u = 1 - jnp.asarray(t)
-    return u * beta_min + u**2 * (beta_max - beta_min) / 2
-
-
-def _time_of_integrated_beta(integral, beta_min, beta_max):
-    """The t with B(1 - t) = `integral`: the root of the quadratic in its form without cancellation."""
-    root = jnp.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * integral)
-    return 1 - 2 * integral / (beta_min + root)
 
 
 __all__ = ["AffinePath", "CosinePath", "EDMPath", "FlowMatchingPath", "SubVPPath", "VEPath", "VPPath"]
