@@ -8,6 +8,7 @@ log-SNR. A new path is one small class; see `FlowMatchingPath`.
 """
 
 import abc
+import math
 
 import equinox as eqx
 import jax
@@ -81,7 +82,7 @@ class AffinePath(eqx.Module):
     def prior(self, key: PRNGKey, shape: tuple[int, ...], dtype=None) -> Float[Array, "..."]:
         """Draws from N(0, σ(0)² I), where sampling starts. Exact where α(0) = 0, as accurate as the path's end elsewhere."""
         dtype = jnp.result_type(float) if dtype is None else dtype
-        return self.sigma(jnp.zeros((), dtype)) * jax.random.normal(key, shape, dtype)
+        return self.sigma(jnp.zeros((), dtype)) * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 class FlowMatchingPath(AffinePath):

@@ -113,7 +113,7 @@ class DiT(eqx.Module):
         self.blocks = eqx.filter_vmap(lambda k: _Block(width, heads, mlp_ratio, key=k, dtype=dtype))(jax.random.split(key_blocks, depth))
         self.modulation = Linear(width, 2 * width, dtype=dtype)
         self.outer = Linear(width, size, dtype=dtype)
-        self.shape = shape
+        self.shape = tuple(shape)
         self.patch = patch
 
     def __call__(self, t: Time, x: Float[Array, "*x"], args: PyTree = None, *, key: PRNGKey | None = None) -> Float[Array, "*x"]:

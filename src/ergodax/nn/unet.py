@@ -111,7 +111,7 @@ class UNet(eqx.Module):
             check_count("multipliers", multiplier)
         check_image(shape, 2 ** (len(multipliers) - 1))
         check_range("dropout", dropout, low=0.0, high=1.0, open_high=True)
-        counter = iter(jax.random.split(key, 6 + 2 * len(multipliers) * (num_blocks + 1)))
+        counter = iter(jax.random.split(key, 3 + 2 * len(multipliers) * (num_blocks + 1)))
         widths, cond = [width * m for m in multipliers], 4 * width
 
         def block(in_channels, out_channels):
@@ -132,7 +132,7 @@ class UNet(eqx.Module):
         self.upsample = tuple(conv(w, w) for w in widths[1:])
         self.norm = _GroupNorm(widths[0], dtype=dtype)
         self.outer = Conv(widths[0], shape[-1], dtype=dtype)
-        self.shape = shape
+        self.shape = tuple(shape)
 
     def __call__(self, t: Time, x: Float[Array, "*x"], args: PyTree = None, *, key: PRNGKey | None = None) -> Float[Array, "*x"]:
         """The network at one scalar `t` and one image `x`; `key` switches dropout on."""
