@@ -91,7 +91,8 @@ def test_find_and_cite():
         catalog.find("min_snrr")
 
 
-def test_list(capsys):
+def test_list(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == [method.slug for method in METHODS]

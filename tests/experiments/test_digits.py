@@ -18,7 +18,7 @@ TINY = [
 
 
 def digits(*argv, timeout=300):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     environment.pop("XLA_FLAGS", None)  # the script sets its own number of devices
     command = [sys.executable, str(ROOT / "experiments" / "digits.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
