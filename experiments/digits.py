@@ -271,7 +271,9 @@ def guide(config: Config, model, split: data.Split, judge: Judge) -> dict[str, n
     scales = jnp.asarray(config.sample.guidance)
     images = eqx.filter_jit(lambda model: jax.vmap(lambda scale: make(model, *begin, scale))(scales))(model)
     measures = [judge(batch, split.test_y) for batch in images]
-    real = judge(split.train_x[: len(split.test_y)], split.train_y[: len(split.test_y)])["sliced_wasserstein"]  # as many real images
+    # As many real images, spread over the training set: its order is that of the writers.
+    rows = np.linspace(0, len(split.train_y) - 1, len(split.test_y)).astype(int)
+    real = judge(split.train_x[rows], split.train_y[rows])["sliced_wasserstein"]
     return {"scale": scales, "real_sliced_wasserstein": real} | {name: np.array([m[name] for m in measures]) for name in measures[0]}
 
 
