@@ -124,7 +124,7 @@ def test_show(method, capsys):
     ("arguments", "message"),
     [
         (["show", "minsnr"], "there is no method 'minsnr'; did you mean min_snr?"),
-        (["list", "--family", "difusion"], "there is no family 'difusion'; did you mean diffusion? (families: diffusion, nn,"),
+        (["list", "--family", "difusion"], "there is no family 'difusion'; did you mean diffusion? (families: diffusion, distributed,"),
         (["list", "--family", "?"], "there is no family '?' (families: "),
         ([], "the following arguments are required: command"),
     ],

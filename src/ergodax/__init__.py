@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         core as core,
         data as data,
         diffusion as diffusion,
+        distributed as distributed,
         nn as nn,
         schedules as schedules,
         testing as testing,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["core", "data", "diffusion", "nn", "schedules", "testing", "transport"]
+__all__ = ["core", "data", "diffusion", "distributed", "nn", "schedules", "testing", "transport"]
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ergodax.core import DenoiserTerm, VPPath, VPrediction, integrate, uniform_times
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DenoisingLoss, EulerMaruyama, Immiscible, MinSNR, ReverseDiffusion, log_snr_grid
+from ergodax.distributed import Averaged, Fragmented, Replicated, Vocabulary, ZeroFlat, ZeroPerLeaf, split_atoms, union_fragments
 from ergodax.schedules import exponential_cooldown, wsd_schedule
 from ergodax.testing import Plug
 from ergodax.transport import BrownianBridgeGamma, LatentLoss, LinearInterpolant, ScoreFromLatent, VelocityLoss
@@ -57,6 +58,15 @@ def stochastic_interpolants(hyper, x, key):
     return {"velocity": VelocityLoss(interpolant)(NETWORK, (source, x), key)[0], "latent": latent, "score": score}
 
 
+def universal_checkpoint(hyper, x, key):
+    table = [("qkv", Fragmented(parts=(2, 4))), ("rows", Vocabulary(6, multiple=4)), ("norm", Averaged()), ("bias", Replicated())]
+    ranks = split_atoms({"qkv": x, "rows": x + 1, "norm": x[0], "bias": x[1]}, table, 2)
+    drifted = [ranks[0], ranks[1] | {"norm": 3 * x[0]}]
+    shapes = {name: leaf.shape for name, leaf in ranks[0].items()}
+    vectors = ZeroFlat().split(ranks[0], 4), ZeroPerLeaf().split(ranks[0], 4)
+    return {"ranks": ranks, "vectors": vectors, "atoms": union_fragments(drifted, table), "leaves": ZeroPerLeaf().union(vectors[1], shapes)}
+
+
 def wsd_schedule_(hyper, x, key):
     cooldown = exponential_cooldown(hyper["half_life"])
     return wsd_schedule(hyper["peak"], hyper["total"], warmup_steps=hyper["warmup"], decay_steps=hyper["decay"], cooldown=cooldown)(x)
@@ -68,6 +78,7 @@ LAWS = {
     "min_snr": Plug(min_snr, BATCHES, {"gamma": (5.0, 0.7, 20.0)}, random=True),
     "score_sde": Plug(score_sde, POINTS, {"beta_max": (15.0, 20.0), "noise_scale": (1.0, 0.5)}, random=True),
     "stochastic_interpolants": Plug(stochastic_interpolants, BATCHES, {"a": (2.0, 0.5)}, random=True),
+    "universal_checkpoint": Plug(universal_checkpoint, BATCHES),
     "wsd_schedule": Plug(
         wsd_schedule_,
         # An example is a step in each stretch; none is on a knot, where the schedule has no derivative.
