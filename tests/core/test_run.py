@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from ergodax.core.config import UsageError
+from ergodax.core.files import jsonable, write_json
 from ergodax.core.report import Report, show
-from ergodax.core.run import Run, jsonable, write_json
+from ergodax.core.run import Run
 
 
 SCRIPT = """

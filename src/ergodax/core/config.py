@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import jax
+
+from .cache import use_compile_cache
 from .check import require
 
 
@@ -28,7 +31,8 @@ class UsageError(ValueError):
 
 
 def parse(config_type: type[Config], presets: Path, argv: list[str] | None = None, *, out: Path) -> tuple[Config, Path]:
-    """The config and the run's folder that a command line asks for.
+    """The config and the run's folder that a command line asks for. Compiled programs are kept for later runs, see `use_compile_cache`, unless it
+    says `--no-compile-cache` or JAX was given a cache before.
 
     - `config_type`: a frozen dataclass whose every field has a default; its `__post_init__` checks ranges with `ValueError`.
     - `presets`: a folder of YAML files; `--preset NAME` (default `default`) picks one.
@@ -41,8 +45,10 @@ def parse(config_type: type[Config], presets: Path, argv: list[str] | None = Non
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="default")
     first.add_argument("--out", type=Path)
+    first.add_argument("--no-compile-cache", action="store_true")
     known, rest = first.parse_known_args(argv)
-    usage = f"--preset NAME ({', '.join(names)}) sets the defaults below, --out DIR is the run's folder (default {out}/PRESET)."
+    usage = f"--preset NAME ({', '.join(names)}) sets the defaults below, --out DIR is the run's folder (default {out}/PRESET), "
+    usage += "--no-compile-cache compiles everything anew."
     try:
         if known.preset not in names:
             raise UsageError(f"unknown preset `{known.preset}`; there are {', '.join(names)}.")
@@ -50,6 +56,8 @@ def parse(config_type: type[Config], presets: Path, argv: list[str] | None = Non
         config = tyro.cli(config_type, default=default, args=rest, description=usage)
     except ValueError as error:
         quit_with(error)
+    if not known.no_compile_cache and jax.config.jax_compilation_cache_dir is None:
+        use_compile_cache()
     return config, known.out or out / known.preset
 
 

@@ -7,6 +7,10 @@
 
 A run that was interrupted, even killed, goes on when it is started again with the same folder, and ends with the same numbers: training is restored
 from its last checkpoint and replays the same steps, finished stages are read back.
+
+A run may be a job of several processes (`ergodax.core.mesh.initialise` first): all of them call the same methods in the same order, the first one
+alone prints and writes, and what hangs on the disk is decided by it. The folder must be on a disk that all of them see. Checkpoints load on any
+number of processes.
 """
 
 import contextlib
@@ -28,7 +32,9 @@ import numpy as np
 
 from .check import check_count, require
 from .config import UsageError, quit_with
+from .files import flat, jsonable, replacing, write_json
 from .fit import Fit, FitState, Fitted
+from .mesh import any_process, end_job, from_primary, is_primary, leave, to_host
 from .types import PRNGKey
 
 
@@ -39,7 +45,8 @@ class TrainingFailed(RuntimeError):
 class Run:
     """One run in one folder. Use it as a context manager: it ends progress bars and turns failures of the run into exit codes.
 
-    - `folder`: made if absent. If it holds a run of another config, `UsageError` says which fields differ, and nothing is touched.
+    - `folder`: made if absent; the same in all processes. If it holds a run of another config, `UsageError` says which fields differ, and nothing is
+      touched.
     - `config`: a dataclass of JSON-able leaves.
     - `save_seconds`: seconds between checkpoints of `train` (default 15; 0 saves at every logged step).
     """
@@ -47,8 +54,8 @@ class Run:
     def __init__(self, folder: Path | str, config: Any, *, save_seconds: float = 15.0):
         self.folder, self.config, self.save_seconds = Path(folder), config, save_seconds
         self.timing: dict[str, dict[str, float]] = {}
-        self._claim()
-        self.console = require("rich.console", "experiments").Console(stderr=True)
+        from_primary(self._claim)
+        self.console = require("rich.console", "experiments").Console(stderr=True, quiet=not is_primary())
         self._progress = _progress_bars(self.console)
 
     def __enter__(self) -> "Run":
@@ -58,17 +65,24 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         self._progress.stop()
         if kind is KeyboardInterrupt:
-            quit_with(RuntimeError(f"interrupted; the same command with `--out {self.folder}` goes on from here."), 130)
+            self._quit(f"interrupted; the same command with `--out {self.folder}` goes on from here.", 130)
         if kind is TrainingFailed:
-            quit_with(error, 1)
+            self._quit(str(error), 1)
+        if jax.process_count() > 1 and isinstance(error, Exception) and kind is not UsageError:
+            end_job(error)
+
+    def _quit(self, message, code):
+        if jax.process_count() > 1:
+            leave(message, code)
+        quit_with(RuntimeError(message), code)
 
     def _claim(self):
         path, config = self.folder / "config.json", jsonable(dataclasses.asdict(self.config))
         if path.exists():
             old = json.loads(path.read_text())
-            differing = sorted(name for name in _flat(old) | _flat(config) if _flat(old).get(name) != _flat(config).get(name))
+            differing = sorted(name for name in flat(old) | flat(config) if flat(old).get(name) != flat(config).get(name))
             if differing:
-                changes = ", ".join(f"{name} {_flat(old).get(name)} -> {_flat(config).get(name)}" for name in differing)
+                changes = ", ".join(f"{name} {flat(old).get(name)} -> {flat(config).get(name)}" for name in differing)
                 raise UsageError(f"{self.folder} holds a run with another config ({changes}); choose another --out, or delete it.")
             return
         try:
@@ -82,22 +96,21 @@ class Run:
     def stage(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """`compute()` as a dict of numpy arrays, kept in the folder: computed once, read back ever after."""
         path = self.folder / "stages" / f"{name}.npz"
-        if not path.exists():
+        if not from_primary(path.exists):
             started = time.perf_counter()
-            arrays: dict[str, Any] = {key: np.asarray(value) for key, value in compute().items()}
+            computed = {key: to_host(value) for key, value in compute().items()}
             timing = self.timing.get(name, {}) | {"seconds": time.perf_counter() - started}
-            path.parent.mkdir(exist_ok=True)
-            with _replacing(path) as file:
-                np.savez(file, __timing__=json.dumps(timing), **arrays)
-        with np.load(path) as content:
-            arrays = dict(content)
-        self.timing[name] = json.loads(str(arrays.pop("__timing__")))
+            from_primary(lambda: _write_stage(path, computed, timing))
+        arrays, self.timing[name] = from_primary(lambda: _read_stage(path))
         return arrays
 
     def compiled(self, stage: str, fn: Callable, *args: Any) -> Callable:
         """`fn` compiled for arguments like `args`; the seconds are counted as compile time of `stage`."""
+        return self._counted(stage, lambda: eqx.filter_jit(fn).lower(*args).compile())  # pyrefly: ignore[missing-attribute]
+
+    def _counted(self, stage, compile):
         started = time.perf_counter()
-        compiled = eqx.filter_jit(fn).lower(*args).compile()  # pyrefly: ignore[missing-attribute]
+        compiled = compile()
         timing = self.timing.setdefault(stage, {})
         timing["compile_seconds"] = timing.get("compile_seconds", 0.0) + time.perf_counter() - started
         return compiled
@@ -121,24 +134,28 @@ class Run:
 
     # Training
 
-    def train(self, fitting: Fit, key: PRNGKey, num_steps: int, *, name: str = "train") -> tuple[Fitted, list[dict[str, float]]]:
+    def train(self, fitting: Fit, key: PRNGKey, num_steps: int, *, name: str = "train") -> tuple[Fitted, list[dict[str, Any]]]:
         """Train with progress, metrics, checkpoints and resume. Returns the trained models and the rows of `metrics.jsonl`.
 
-        Raises `TrainingFailed`, naming the step, if a loss or gradient is not finite; `ValueError` if `num_steps` is not a multiple of
-        `fitting.every`.
+        With `fitting.parallel`, arrays of the trained models stay on its mesh (`ergodax.core.mesh.to_host` brings them to each process), and a
+        checkpoint is restored onto it, whatever mesh it came from. Raises `TrainingFailed`, naming the step, if a loss or gradient is not finite;
+        `ValueError` if `num_steps` is not a multiple of `fitting.every`, or for several processes without `fitting.parallel`.
         """
         check_count("num_steps", num_steps)
         if num_steps % fitting.every:
             raise ValueError(f"`num_steps` must be a multiple of `every`, got {num_steps} and {fitting.every}.")
-        state = fitting.init(key)
+        if jax.process_count() > 1 and fitting.parallel is None:
+            raise ValueError(f"training in {jax.process_count()} processes needs `Fit(..., parallel=DataParallel(mesh))`.")
+        state = fitting.place(fitting.init(key))
         with _Checkpoints(self.folder / "checkpoints" / name) as checkpoints:
             state = checkpoints.restore(state)
-            rows = self._rows(name, int(state.step))
             done = int(state.step)
-            advance = self.compiled(name, lambda state: fitting.advance(state, fitting.every), state) if done < num_steps else None
+            rows = from_primary(lambda: self._rows(name, done))
+            advance = self._counted(name, lambda: fitting.compiled(state, fitting.every)) if done < num_steps else None
             before = rows[-1]["seconds"] if rows else 0.0
             started = saved = time.perf_counter()
-            with self.bar(name, num_steps) as update, (self.folder / "metrics.jsonl").open("a") as log, _interruptible() as interrupted:
+            log_path = self.folder / "metrics.jsonl" if is_primary() else Path(os.devnull)
+            with self.bar(name, num_steps) as update, log_path.open("a") as log, _interruptible() as interrupted:
                 while advance is not None and done < num_steps:
                     state, metrics = advance(state)
                     metrics = {key: float(value[0]) for key, value in jax.device_get(metrics).items()}
@@ -149,11 +166,13 @@ class Run:
                     rows.append({"run": name, "step": done, "seconds": before + time.perf_counter() - started} | metrics)
                     log.write(json.dumps(jsonable(rows[-1])) + "\n")
                     update(done, f"loss {metrics['loss']:.4f}")
-                    if interrupted() or done == num_steps or time.perf_counter() - saved >= self.save_seconds:
+                    due = is_primary() and time.perf_counter() - saved >= self.save_seconds
+                    stop, due = any_process(interrupted(), due)  # a signal may reach one process only
+                    if stop or due or done == num_steps:
                         log.flush()
                         checkpoints.save(done, state)
                         saved = time.perf_counter()
-                    if interrupted():
+                    if stop:
                         raise KeyboardInterrupt
         self.timing.setdefault(name, {})["seconds"] = rows[-1]["seconds"]
         metrics = {key: jnp.array([row[key] for row in rows]) for key in rows[-1] if key not in ("run", "step", "seconds")}
@@ -167,7 +186,7 @@ class Run:
                 row = json.loads(line)
                 if row["run"] != name or row["step"] <= step:
                     kept.append(row)
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         return [row for row in kept if row["run"] == name]
 
@@ -176,15 +195,16 @@ class Run:
     def figure(self, name: str, figure: Any, numbers: Mapping[str, Any]) -> Path:
         """Save a matplotlib figure as `figures/NAME.png` and the numbers it shows as `figures/NAME.json`."""
         path = self.folder / "figures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=130, bbox_inches="tight")
-        write_json(path.with_suffix(".json"), numbers)
+        if is_primary():
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=130, bbox_inches="tight")
+            write_json(path.with_suffix(".json"), numbers)
         return path
 
     def results(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write `results.json`: config, metrics, timing with compile time apart, environment."""
         content = jsonable({"config": dataclasses.asdict(self.config), "metrics": metrics, "timing": self.timing, "environment": environment()})
-        write_json(self.folder / "results.json", content)
+        from_primary(lambda: write_json(self.folder / "results.json", content))
         return content
 
 
@@ -212,7 +232,7 @@ class _Checkpoints:
 
     def restore(self, state: FitState) -> FitState:
         """The last state saved, or `state` if there is none."""
-        if (step := self.latest()) is None:
+        if (step := from_primary(self.latest)) is None:
             return state
         names = list(_named(state))
         saved = self._manager.restore(step, args=self._orbax.args.StandardRestore(_named(state)))
@@ -252,13 +272,16 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes `path`'s place only once it is whole."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        yield file
-    os.replace(temporary, path)
+def _write_stage(path, arrays, timing):
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as file:
+        np.savez(file, __timing__=json.dumps(timing), **arrays)
+
+
+def _read_stage(path):
+    with np.load(path) as content:
+        arrays = dict(content)
+    return arrays, json.loads(str(arrays.pop("__timing__")))
 
 
 def _progress_bars(console):
@@ -272,7 +295,7 @@ def _progress_bars(console):
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[note]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     )
 
 
@@ -286,34 +309,10 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "processes": jax.process_count(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "packages": {name: metadata.version(name) for name in packages},
     }
 
 
-def jsonable(value: Any) -> Any:
-    """Plain Python for JSON: arrays as lists, numbers that are not finite as null, paths as text."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return jsonable(np.asarray(value).tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with _replacing(path) as file:
-        file.write((json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n").encode())
-
-
-def _flat(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {name: value for key, item in tree.items() for name, value in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
-
-
-__all__ = ["Run", "TrainingFailed", "environment", "jsonable", "write_json"]
+__all__ = ["Run", "TrainingFailed", "environment"]
