@@ -15,7 +15,7 @@ def test_import_is_lazy():
 
 def test_core_does_not_need_the_extras():
     """A bare install: none of the optional packages is imported by the library itself."""
-    optional = "flax orbax rich tyro yaml matplotlib sklearn mlxtend blackjax ott pandas"
+    optional = "flax orbax rich tyro yaml matplotlib sklearn mlxtend blackjax ott pandas pyarrow filelock tensorboardX"
     code = f"""
 import sys
 class Blocked:
@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Blocked())
 import ergodax
 for family in ergodax.__all__:
     getattr(ergodax, family)
-import ergodax.core.run, ergodax.core.config, ergodax.core.report
+import ergodax.core.run, ergodax.core.config, ergodax.core.report, ergodax.core.figures, ergodax.sweep
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -12,6 +12,7 @@ from .likelihood import (
     standard_normal_log_prob as standard_normal_log_prob,
 )
 from .loop import integrate as integrate, iterate as iterate
+from .mesh import DataParallel as DataParallel, FullySharded as FullySharded, initialise as initialise, replicated as replicated
 from .path import (
     AffinePath as AffinePath,
     CosinePath as CosinePath,
@@ -33,5 +34,7 @@ from .prediction import (
     VelocityPrediction as VelocityPrediction,
     VPrediction as VPrediction,
 )
-from .sweep import Group as Group, SweepResult as SweepResult, grid as grid, sweep as sweep, traced as traced
+from .result import Group as Group, SweepResult as SweepResult
+from .space import grid as grid, traced as traced
+from .sweep import sweep as sweep
 from .term import DenoiserTerm as DenoiserTerm, Posterior as Posterior, Step as Step, with_noise as with_noise
