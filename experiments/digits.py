@@ -26,7 +26,8 @@ from ergodax.core.check import check_count, check_range
 from ergodax.core.config import parse
 from ergodax.core.report import Report
 from ergodax.core.run import Run
-from ergodax.core.sweep import grid, sweep, traced
+from ergodax.core.space import grid, traced
+from ergodax.core.sweep import sweep
 from ergodax.diffusion import (
     DDIM,
     Ancestral,
@@ -286,11 +287,19 @@ def run_sweep(config: Config, run: Run, split: data.Split) -> dict[str, np.ndarr
 
     overrides = grid(**{"train.learning_rate": config.sweep.learning_rates, "seed": range(config.sweep.seeds)})
     with run.bar("sweep", len(overrides)) as update:
-        result = sweep(train, config, overrides, batch_size=config.sweep.batch_size, progress=lambda done, total: update(done))
+        result = sweep(
+            train,
+            config,
+            overrides,
+            batch_size=config.sweep.batch_size,
+            folder=run.folder / "sweep",
+            announce=lambda plan: run.console.print(plan, highlight=False),
+            progress=lambda done, total: update(done),
+        )
     run.timing["sweep"] = {"compile_seconds": sum(group.compile_seconds for group in result.groups)}
     rates, seeds, losses = result.pivot("test_loss", "train.learning_rate", "seed")
     curves = np.stack([output["curve"] for output in result.outputs])
-    return {"rates": rates, "seeds": seeds, "losses": losses, "curves": curves, "compiles": result.num_compiles}
+    return {"rates": rates, "seeds": seeds, "losses": losses, "curves": curves, "compiles": len(result.groups)}
 
 
 # Figures

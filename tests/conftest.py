@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ERGODAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "ergodax"))  # of experiments that tests start
 
 import jax
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 def test_everything_promised_is_there(folder):
     results = json.loads((folder / "results.json").read_text())
     metrics = results["metrics"]
-    assert set(results) == {"config", "metrics", "timing", "environment"}
+    assert set(results) == {"config", "metrics", "timing", "compile_cache", "environment"}
     assert results["config"]["train"]["steps"] == 40
     assert {row["solver"] for row in metrics["solvers"]} == {"Euler", "Heun", "DDIM", "DPM-Solver++(2M)", "ancestral", "Euler–Maruyama"}
     assert len(metrics["solvers"]) == 12

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .cache import CompileCount
 from .check import check_count, require
 from .config import UsageError, quit_with
 from .files import flat, jsonable, replacing, write_json
@@ -54,6 +55,7 @@ class Run:
     def __init__(self, folder: Path | str, config: Any, *, save_seconds: float = 15.0):
         self.folder, self.config, self.save_seconds = Path(folder), config, save_seconds
         self.timing: dict[str, dict[str, float]] = {}
+        self._compiled = CompileCount()
         from_primary(self._claim)
         self.console = require("rich.console", "experiments").Console(stderr=True, quiet=not is_primary())
         self._progress = _progress_bars(self.console)
@@ -202,8 +204,12 @@ class Run:
         return path
 
     def results(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `results.json`: config, metrics, timing with compile time apart, environment."""
-        content = jsonable({"config": dataclasses.asdict(self.config), "metrics": metrics, "timing": self.timing, "environment": environment()})
+        """Write `results.json`: config, metrics, timing with compile time apart, programs this session read from the compile cache or put there,
+        environment.
+        """
+        cache = {"folder": jax.config.jax_compilation_cache_dir, "hits": self._compiled.hits, "misses": self._compiled.misses}
+        content = {"config": dataclasses.asdict(self.config), "metrics": metrics, "timing": self.timing, "compile_cache": cache}
+        content = jsonable(content | {"environment": environment()})
         from_primary(lambda: write_json(self.folder / "results.json", content))
         return content
 
