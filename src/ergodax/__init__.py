@@ -17,11 +17,12 @@ if TYPE_CHECKING:
         schedules as schedules,
         testing as testing,
         transport as transport,
+        tuning as tuning,
     )
 
 __version__ = "0.1.0"
 
-__all__ = ["core", "data", "diffusion", "distributed", "nn", "schedules", "testing", "transport"]
+__all__ = ["core", "data", "diffusion", "distributed", "nn", "schedules", "testing", "transport", "tuning"]
 
 
 def __getattr__(name: str):

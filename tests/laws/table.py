@@ -4,16 +4,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ergodax.core import DenoiserTerm, VPPath, VPrediction, integrate, uniform_times
+from ergodax.core import DenoiserTerm, Lanes, VPPath, VPrediction, integrate, replay, uniform_times
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DenoisingLoss, EulerMaruyama, Immiscible, MinSNR, ReverseDiffusion, log_snr_grid
 from ergodax.distributed import Averaged, Fragmented, Replicated, Vocabulary, ZeroFlat, ZeroPerLeaf, split_atoms, union_fragments
 from ergodax.schedules import exponential_cooldown, wsd_schedule
 from ergodax.testing import Plug
 from ergodax.transport import BrownianBridgeGamma, LatentLoss, LinearInterpolant, ScoreFromLatent, VelocityLoss
+from ergodax.tuning import AsynchronousHalving, Perturb, PopulationBasedTraining, SuccessiveHalving
 
 
 POINTS = jax.random.normal(jax.random.key(0), (4, 2))
+CURVES = jax.random.normal(jax.random.key(2), (4, 6, 4))
 BATCHES = jax.random.normal(jax.random.key(1), (4, 6, 2))
 
 
@@ -67,17 +69,34 @@ def universal_checkpoint(hyper, x, key):
     return {"ranks": ranks, "vectors": vectors, "atoms": union_fragments(drifted, table), "leaves": ZeroPerLeaf().union(vectors[1], shapes)}
 
 
+def successive_halving(hyper, x, key):
+    return replay(SuccessiveHalving(4, eta=2), x)
+
+
+def asynchronous_halving(hyper, x, key):
+    return replay(AsynchronousHalving(3, 4, eta=2), x)
+
+
+def population_based_training(hyper, x, key):
+    rule = PopulationBasedTraining(4, Perturb({"rate": (0.01, 1.0)}, (hyper["down"], 1.2)), fraction=0.3)
+    lane = jnp.arange(len(x), dtype=jnp.int32)
+    return rule(key, Lanes(x[:, 0], {"rate": x[:, 1] ** 2}, lane, jnp.full_like(lane, 2), {}), rule.init(len(x)))
+
+
 def wsd_schedule_(hyper, x, key):
     cooldown = exponential_cooldown(hyper["half_life"])
     return wsd_schedule(hyper["peak"], hyper["total"], warmup_steps=hyper["warmup"], decay_steps=hyper["decay"], cooldown=cooldown)(x)
 
 
 LAWS = {
+    "asynchronous_halving": Plug(asynchronous_halving, CURVES, differentiable=False),
     # optax's Hungarian algorithm starts its loop from constants, which the check refuses.
     "immiscible_diffusion": Plug(immiscible_diffusion, BATCHES, random=True, check_vma=False),
     "min_snr": Plug(min_snr, BATCHES, {"gamma": (5.0, 0.7, 20.0)}, random=True),
+    "population_based_training": Plug(population_based_training, CURVES, {"down": (0.8, 0.5)}, random=True, differentiable=False),
     "score_sde": Plug(score_sde, POINTS, {"beta_max": (15.0, 20.0), "noise_scale": (1.0, 0.5)}, random=True),
     "stochastic_interpolants": Plug(stochastic_interpolants, BATCHES, {"a": (2.0, 0.5)}, random=True),
+    "successive_halving": Plug(successive_halving, CURVES, differentiable=False),
     "universal_checkpoint": Plug(universal_checkpoint, BATCHES),
     "wsd_schedule": Plug(
         wsd_schedule_,

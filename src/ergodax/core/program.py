@@ -44,14 +44,9 @@ class Program:
         self._fn = lambda values: eqx.filter(fn(space.replace(config, dict(zip(names, values)))), eqx.is_array_like)
 
     def fingerprint(self) -> str:
-        """Of the function as traced for one run on one device, and of the arrays it closes over: the same in every process that computes the same."""
-        one = Mesh(np.array(self.mesh.local_devices[:1]).reshape((1,) * len(self.mesh.axis_names)), self.mesh.axis_names)
-        with jax.set_mesh(one):
-            jaxpr, self.like = jax.make_jaxpr(self._fn, return_shape=True)(self._values[self.places[0]])
-        digest = hashlib.sha256(without_addresses(str(jaxpr)).encode())
-        for const in jaxpr.consts:
-            digest.update(np.asarray(jax.random.key_data(const) if is_key(const) else const).tobytes())
-        return digest.hexdigest()[:16]
+        """Of the program, see `traced_fingerprint`."""
+        digest, self.like = traced_fingerprint(self._fn, self._values[self.places[0]], self.mesh)
+        return digest
 
     def lower(self, lanes: int, rounds: int, remaining: int) -> Callable[[], Compiled]:
         """Trace and lower, now; the function it gives compiles, and may be called in another thread."""
@@ -90,6 +85,20 @@ class Program:
         return [np.stack(column) for column in zip(*(self._values[place] for place in places))] or [np.zeros(size, np.float32)]
 
 
+def traced_fingerprint(fn: Callable, values: Any, mesh: Mesh) -> tuple[str, Any]:
+    """A digest of `fn` as traced for one run on one device, with the arrays it closes over, and the shapes it returns.
+
+    The digest is the same in every process that computes the same, however many devices there are.
+    """
+    one = Mesh(np.array(mesh.local_devices[:1]).reshape((1,) * len(mesh.axis_names)), mesh.axis_names)
+    with jax.set_mesh(one):
+        jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(values)
+    digest = hashlib.sha256(without_addresses(str(jaxpr)).encode())
+    for const in jaxpr.consts:
+        digest.update(np.asarray(jax.random.key_data(const) if is_key(const) else const).tobytes())
+    return digest.hexdigest()[:16], shapes
+
+
 def memory_budget(mesh: Mesh) -> float:
     """Bytes a chunk may take on a device: nine tenths of an accelerator's, a CPU device's share of half of what is free."""
     if stats := mesh.local_devices[0].memory_stats():
@@ -112,4 +121,4 @@ def _free_memory():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8e9
 
 
-__all__ = ["Compiled", "Program", "memory_budget"]
+__all__ = ["Compiled", "Program", "memory_budget", "traced_fingerprint"]
