@@ -194,12 +194,12 @@ def spawn(way: str, job: Job, **spec) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"wall": time.perf_counter() - started}
 
 
-def processes(job: Job, num_runs: int) -> dict:
-    """Every run in a process of its own, as many at a time as there are cores."""
+def processes(job: Job, num_runs: int, measured: int) -> dict:
+    """Every run in a process of its own, as many at a time as there are cores: the first `measured` of them, the time scaled to all."""
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(lambda index: spawn("alone", job, index=index, runs=num_runs), range(num_runs)))
-    return {"losses": [part["losses"][0] for part in parts], "wall": time.perf_counter() - started}
+        parts = list(pool.map(lambda index: spawn("alone", job, index=index, runs=num_runs), range(measured)))
+    return {"losses": [part["losses"][0] for part in parts], "measured": measured, "wall": (time.perf_counter() - started) * num_runs / measured}
 
 
 def in_torch(python: str, job: Job, num_runs: int) -> dict | None:
@@ -236,7 +236,7 @@ def compare(args) -> dict:
             "(a) sweep, one lane a device": spawn("sweep", job, runs=runs, batch_size=1),
             "(a) sweep, 8 lanes a device": spawn("sweep", job, runs=runs, batch_size=8),
             "(b) loop over one jitted run": spawn("loop", job, runs=runs),
-            f"(c) {runs} processes, {os.cpu_count()} at a time": processes(job, runs),
+            f"(c) {runs} processes, {os.cpu_count()} at a time": processes(job, runs, min(runs, args.processes)),
             "(d) torch, run after run": in_torch(args.torch_python, job, runs),
         }
         rows = {way: row for way, row in rows.items() if row is not None}
@@ -248,11 +248,12 @@ def compare(args) -> dict:
         for way, row in rows.items():
             difference = "" if way.startswith("(d)") else f"{max(abs(a - b) / abs(b) for a, b in zip(row['losses'], losses)):.0e}"
             parts = " | ".join(f"{row[part]:.1f}" if part in row else "" for part in ("compile", "run"))
-            print(f"| {way} | {row['wall']:.1f} | {row['wall'] / best:.1f} | {parts} | {1e6 * row['wall'] / steps:.0f} | {difference} |", flush=True)
+            seconds = row["wall"]
+            print(f"| {way} | {seconds:.1f} | {seconds / best:.1f} | {parts} | {1e6 * seconds / steps:.0f} | {difference} |", flush=True)
         print(
             f"\nA step is {job.flops / 1e6:.1f} Mflop of matrix products and at most {job.traffic / 1e6:.2f} MB of memory traffic. Alone, network, "
-            f"gradient and Adam take {1e6 * floor['step']:.0f} us ({job.flops / floor['step'] / 1e9:.0f} Gflop/s; the bare product of the largest layer "
-            f"{floor['gflops']:.0f} Gflop/s, with all cores). (a) tried, seconds per run by batch size: {rows['(a) sweep']['tried']}."
+            f"gradient and Adam take {1e6 * floor['step']:.0f} us ({job.flops / floor['step'] / 1e9:.0f} Gflop/s; the product of the largest layer "
+            f"alone {floor['gflops']:.0f} Gflop/s, with all cores). (a) tried, seconds per run by batch size: {rows['(a) sweep']['tried']}."
         )
         out[name] = {"job": dataclasses.asdict(job), "rows": rows, "floor": floor}
     return out
@@ -286,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps and an eighth of the runs, to try the script")
     parser.add_argument("--only", choices=["ways", "growth"])
+    parser.add_argument("--processes", type=int, default=64, help="how many runs of (c) are measured; the time is scaled to all")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch and torchcfm")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
