@@ -4,7 +4,8 @@
 
 - weight w: `uniform_weight`, `MinSNR()`, or any `(path, prediction, t) -> array`;
 - times: `core.uniform_times`, `core.stratified_times`, or any `(key, n) -> (n,)`;
-- coupling: `core.given_pairs` (the noise as drawn), `Immiscible()`, or any `(key, data, noise, args) -> noise`, which may only reorder the noise.
+- coupling: `core.given_pairs` (the noise as drawn), `Immiscible()`, `NearestNoise()`, `PFGMPPNoise()`, or any
+  `(key, data, noise, args) -> noise`, which reorders the noise, draws it nearer to the data, or changes its law.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ..core.check import check_range
 from ..core.path import AffinePath
 from ..core.prediction import Prediction
 from ..core.types import PRNGKey, PyTree, Scalar, VectorField
+from .draw import draw
 
 
 def uniform_weight(path: AffinePath, prediction: Prediction, t: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -49,25 +51,13 @@ class DenoisingLoss(eqx.Module):
 
     def __call__(self, model: VectorField, batch: PyTree, key: PRNGKey) -> tuple[Float[Array, ""], dict]:
         """The loss of one batch."""
-        data, args = batch if isinstance(batch, tuple) else (batch, None)
-        if data.ndim < 2:
-            raise ValueError(f"the data of a batch must have shape (batch, *example), got {data.shape}.")
-        n = data.shape[0]
-        key_noise, key_coupling, key_time, key_drop = jax.random.split(key, 4)
-        # Drawn flat: XLA compiles draws of several axes many times slower.
-        noise = jax.random.normal(key_noise, (data.size,), data.dtype).reshape(data.shape)
-        noise = self.coupling(key_coupling, data, noise, args)
-        times = self.times(key_time, n).astype(data.dtype)
-        dropped = jax.random.uniform(key_drop, (n,)) < self.label_dropout
+        drawn = draw(batch, key, self.times, self.coupling, self.label_dropout, self.null)
 
-        def one(t, x1, x0, drop, condition):
-            condition = (
-                jax.tree.map(lambda c, null: jnp.where(drop, jnp.asarray(null, c.dtype), c), condition, self.null) if args is not None else None
-            )
+        def one(t, x1, x0, condition):
             error = model(t, self.path.interpolate(t, x1, x0), condition) - self.prediction.target(self.path, t, x1, x0)
             return self.weight(self.path, self.prediction, t) * jnp.mean(error**2)
 
-        return jnp.mean(jax.vmap(one)(times, data, noise, dropped, args)), {}
+        return jnp.mean(jax.vmap(one)(*drawn)), {}
 
 
 __all__ = ["DenoisingLoss", "uniform_weight"]
