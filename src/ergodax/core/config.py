@@ -56,7 +56,7 @@ def parse(config_type: type[Config], presets: Path, argv: list[str] | None = Non
         config = tyro.cli(config_type, default=default, args=rest, description=usage)
     except ValueError as error:
         quit_with(error)
-    if not known.no_compile_cache and jax.config.jax_compilation_cache_dir is None:
+    if not known.no_compile_cache and jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
         use_compile_cache()
     return config, known.out or out / known.preset
 

@@ -207,7 +207,8 @@ class Run:
         """Write `results.json`: config, metrics, timing with compile time apart, programs this session read from the compile cache or put there,
         environment.
         """
-        cache = {"folder": jax.config.jax_compilation_cache_dir, "hits": self._compiled.hits, "misses": self._compiled.misses}
+        folder = jax.config.jax_compilation_cache_dir  # pyrefly: ignore[missing-attribute]
+        cache = {"folder": folder, "hits": self._compiled.hits, "misses": self._compiled.misses}
         content = {"config": dataclasses.asdict(self.config), "metrics": metrics, "timing": self.timing, "compile_cache": cache}
         content = jsonable(content | {"environment": environment()})
         from_primary(lambda: write_json(self.folder / "results.json", content))

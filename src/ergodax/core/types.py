@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Real
 Scalar = float | int | np.floating | np.integer | Real[Array, ""] | Real[np.ndarray, ""]
 
 #: Times on [0, 1] (0 = source, 1 = data): a scalar, or any array that broadcasts.
-Time = float | int | np.floating | Real[Array, "..."] | Real[np.ndarray, "..."]
+Time = float | int | np.floating | np.integer | Real[Array, "..."] | Real[np.ndarray, "..."]
 
 #: A typed random key, `jax.random.key(seed)`.
 PRNGKey = Key[Array, ""]

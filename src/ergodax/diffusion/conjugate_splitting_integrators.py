@@ -24,7 +24,7 @@ solves the parts by the conjugate step instead: the paper's hybrid.
 Left out: C_skip that changes in time, and the noise scale λ_s of the stochastic splittings.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -194,7 +194,8 @@ class Splitting(LinearSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         """One step from `t0` to `t1`."""
-        process, dt, z, score = terms.contr(t0, t1).process, jnp.asarray(t1 - t0, y0.dtype), y0, None
+        process, dt, z = terms.contr(t0, t1).process, jnp.asarray(t1 - t0, y0.dtype), y0
+        score: Any = None
         for i, part in enumerate(self.scheme):
             t = t1 if part.at_end else t0
             if not self.reduced or i == 0 or part.at_end:

@@ -23,6 +23,7 @@ are drawn from a density fitted to the loss; the decoder here is ours. D and Q a
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -49,7 +50,13 @@ def alda(friction: Scalar = 1.0, coupling: Scalar = 1.0, initial: Scalar = 0.01,
     check_range("initial", initial, low=0.0)
     zero = jnp.zeros((3, 3), jnp.result_type(float, friction, coupling, initial))
     pairs = zero.at[1, 0].set(1).at[2, 1].set(coupling)
-    return CompleteRecipe(zero.at[2, 2].set(jnp.sqrt(friction)), pairs, jnp.ones(3, zero.dtype), jnp.full(2, initial, zero.dtype), beta)
+    return CompleteRecipe(
+        damping_root=zero.at[2, 2].set(jnp.sqrt(friction)),
+        coupling=pairs,
+        stationary=jnp.ones(3, zero.dtype),
+        initial=jnp.full(2, initial, zero.dtype),
+        beta=beta,
+    )
 
 
 def malda(friction: Scalar = 2.0, initial: Scalar = 0.01, beta: LinearBeta = _BETA) -> CompleteRecipe:
@@ -58,7 +65,7 @@ def malda(friction: Scalar = 2.0, initial: Scalar = 0.01, beta: LinearBeta = _BE
     check_range("initial", initial, low=0.0)
     one = jnp.ones((3, 3), jnp.result_type(float, friction, initial))
     root = jnp.diag(jnp.sqrt(friction) * one[0]).at[0, 0].set(0)
-    return CompleteRecipe(root, jnp.tril(one, -1), one[0], jnp.full(2, initial, one.dtype), beta)
+    return CompleteRecipe(damping_root=root, coupling=jnp.tril(one, -1), stationary=one[0], initial=jnp.full(2, initial, one.dtype), beta=beta)
 
 
 def random_recipe(key: PRNGKey, num_variables: int = 2, initial: Scalar = 0.01, beta: LinearBeta = _BETA) -> CompleteRecipe:
@@ -66,7 +73,7 @@ def random_recipe(key: PRNGKey, num_variables: int = 2, initial: Scalar = 0.01, 
     check_count("num_variables", num_variables)
     k = num_variables
     root, pairs = jax.random.uniform(key, (2, k, k), minval=-(k**-0.5), maxval=k**-0.5)
-    return CompleteRecipe(jnp.eye(k) + root, pairs, jnp.ones(k), jnp.full(k - 1, initial), beta)
+    return CompleteRecipe(damping_root=jnp.eye(k) + root, coupling=pairs, stationary=jnp.ones(k), initial=jnp.full(k - 1, initial), beta=beta)
 
 
 def drift_divergence(process: LinearSDE, t: Time, x: Float[Array, "*x"]) -> Float[Array, ""]:
@@ -79,7 +86,7 @@ def noise_norm(process: LinearSDE, t: Time, s: Float[Array, "k *x"]) -> Float[Ar
     return process.rate(working_time(t, s)).astype(s.dtype) * jnp.sum(apply_matrix(process.noise_matrix.T, s) ** 2)
 
 
-def implicit_integrand(model: VectorField, t: Time, z: Float[Array, "k *x"], args: PyTree = None, divergence: Callable = _EXACT) -> Float[Array, ""]:
+def implicit_integrand(model: Any, t: Time, z: Float[Array, "k *x"], args: PyTree = None, divergence: Callable = _EXACT) -> Float[Array, ""]:
     """-½ |s|²_g - ∇·(g gᵀ s - f) at one state z; `model` is a score with its `process`."""
     process = model.process
 
@@ -90,7 +97,7 @@ def implicit_integrand(model: VectorField, t: Time, z: Float[Array, "k *x"], arg
     return drift_divergence(process, t, z[0]) - noise_norm(process, t, model(t, z, args)) / 2 - spread
 
 
-def denoising_integrand(model: VectorField, t: Time, x: Float[Array, "*x"], noise: Float[Array, "k *x"], args: PyTree = None) -> Float[Array, ""]:
+def denoising_integrand(model: Any, t: Time, x: Float[Array, "*x"], noise: Float[Array, "k *x"], args: PyTree = None) -> Float[Array, ""]:
     """E½|s_q|²_g - ½ |s - s_q|²_g + ∇·f at z_t = φ_t x + L_t ε, the first term by its expectation ½ β d tr(GGᵀ Σ_t⁻¹)."""
     process, time = model.process, working_time(t, x)
     mean, covariance = process.moments(time)

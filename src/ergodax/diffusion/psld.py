@@ -50,10 +50,10 @@ class CompleteRecipe(LinearSDE):
     VP: `CompleteRecipe([[√½]], [[0]], [1], [])` as arrays. All four may be learned. Raises `ValueError` for shapes that do not fit.
     """
 
-    damping_root: Float[Array, "_ _"]
-    coupling: Float[Array, "_ _"]
-    stationary: Float[Array, " _"]
-    initial: Float[Array, " _"]
+    damping_root: Float[Array, "_ _"]  # pyrefly: ignore[bad-class-definition]  # an AbstractVar is no field
+    coupling: Float[Array, "_ _"]  # pyrefly: ignore[bad-class-definition]
+    stationary: Float[Array, " _"]  # pyrefly: ignore[bad-class-definition]
+    initial: Float[Array, " _"]  # pyrefly: ignore[bad-class-definition]
     beta: LinearBeta = LinearBeta()
 
     def __check_init__(self):

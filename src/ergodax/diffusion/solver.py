@@ -4,7 +4,7 @@ To write a solver: subclass `DenoiserSolver` (ODE) or `NoisyDenoiserSolver` (SDE
 then runs under `ergodax.core.integrate` and under `diffrax.diffeqsolve`."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import jax
@@ -35,7 +35,7 @@ class NoisyDenoiserSolver(dfx.AbstractItoSolver):
         """The model at step index `t0`."""
         return terms.terms[0].vf(t0, y0, args)
 
-    def init(self, terms, t0, t1, y0, args):
+    def init(self, terms, t0, t1, y0, args) -> Any:
         """One-step methods keep nothing."""
         return None
 

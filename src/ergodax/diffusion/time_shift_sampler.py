@@ -40,7 +40,7 @@ class TimeShift(WrappedSolver):
     `solver`. The choice of t_s has gradient 0. Raises `ValueError` for a value out of range or an example of one number, which has no variance.
     """
 
-    solver: dfx.AbstractSolver
+    solver: dfx.AbstractSolver  # pyrefly: ignore[bad-override]
     window: Scalar = 0.03
     cutoff: Scalar = 0.7
     num_candidates: int = eqx.field(static=True, default=31)

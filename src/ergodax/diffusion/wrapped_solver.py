@@ -1,6 +1,6 @@
 """What solvers share that wrap another solver on a `DenoiserTerm` and change where it starts or what it sees of the model."""
 
-from typing import get_origin
+from typing import Any, get_origin
 
 import diffrax as dfx
 
@@ -9,12 +9,12 @@ class WrappedSolver(dfx.AbstractWrappedSolver):
     """A solver round `solver`, stochastic where that is. Subclasses give the field `solver`, and `init` and `step`."""
 
     @property
-    def term_structure(self):
+    def term_structure(self):  # pyrefly: ignore[bad-override]
         """That of the wrapped solver."""
         return self.solver.term_structure
 
     @property
-    def interpolation_cls(self):
+    def interpolation_cls(self):  # pyrefly: ignore[bad-override]
         """That of the wrapped solver."""
         return self.solver.interpolation_cls
 
@@ -31,7 +31,7 @@ class WrappedSolver(dfx.AbstractWrappedSolver):
         """The model at step index `t0`."""
         return self.solver.func(terms, t0, y0, args)
 
-    def parts(self, terms: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, ...]:
+    def parts(self, terms: Any) -> tuple[dfx.AbstractTerm, ...]:
         """(model,), or (model, noise) for a stochastic solver."""
         return terms.terms if get_origin(self.term_structure) is dfx.MultiTerm else (terms,)
 
