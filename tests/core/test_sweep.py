@@ -173,6 +173,7 @@ def test_the_batch_size_that_measurement_chooses():
     assert choose({1: 1.0, 8: 0.5}, 1000, 0.0) == 64
     assert choose({1: 1.0, 8: 0.5, 64: 0.6}, 1000, 0.0) == 8
     assert choose({1: 1.0, 8: 0.5}, 100, 0.0) == 8
+    assert choose({5: 1.0}, 10, 0.0) == 5  # what an earlier call was told to take
 
 
 def test_measuring_changes_no_number():

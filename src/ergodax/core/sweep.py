@@ -97,7 +97,7 @@ def next_batch_size(tried: Mapping[int, float], remaining: float, compile_second
     if not tried:
         return 1
     last = max(tried)
-    best = last if last == 1 or tried[last] < 0.9 * tried[last // 8] else last // 8
+    best = last if tried[last] < 0.9 * tried.get(last // 8, math.inf) else last // 8
     if best == last and remaining >= 16 * last and remaining * tried[last] > 4 * compile_seconds:
         return 8 * last
     return best
