@@ -197,9 +197,11 @@ def test_memory_bounds_the_batch():
     runs = grid(seed=range(16))
     mesh = Mesh(np.array(jax.devices()[:1]), ("sweep",))
     free = sweep(large, Config(), runs, batch_size=16, mesh=mesh, announce=plans.append)
-    bounded = sweep(large, Config(), runs, batch_size=16, mesh=mesh, memory=free.groups[0].memory / 4, announce=plans.append)
+    counted, traces = count_traces(large)
+    bounded = sweep(counted, Config(), runs, batch_size=16, mesh=mesh, memory=free.groups[0].memory / 4, announce=plans.append)
     np.testing.assert_allclose(bounded.table()["value"], free.table()["value"], rtol=1e-9)
     assert free.groups[0].batch_size == 16
+    assert traces() <= 4, "the bound is found once, not for every chunk"
     assert 2 <= bounded.groups[0].batch_size <= 4
     assert bounded.groups[0].memory <= free.groups[0].memory / 4
     assert "16 vmapped on each device" in plans[0]

@@ -96,8 +96,8 @@ def next_batch_size(tried: Mapping[int, float], remaining: float, compile_second
     """
     if not tried:
         return 1
-    last = max(tried)
-    best = last if tried[last] < 0.9 * tried.get(last // 8, math.inf) else last // 8
+    *_, before, last = [0, *sorted(tried)]
+    best = last if tried[last] < 0.9 * tried.get(before, math.inf) else before
     if best == last and remaining >= 16 * last and remaining * tried[last] > 4 * compile_seconds:
         return 8 * last
     return best
@@ -129,6 +129,7 @@ class _Groups:
         self._measures = batch_size is None and self._mesh.devices.flat[0].platform == "cpu"
         self._todo = {program: list(program.places) for program in programs}
         self._history: dict[Program, list[Chunk]] = {program: [] for program in programs}
+        self._limit: dict[Program, int] = {}  # what memory was found to hold
         self.done, self._prepared = 0, 0.0
         of = {place: program for program in programs for place in program.places}
         for chunk in finished:
@@ -211,6 +212,10 @@ class _Groups:
 
     def _size(self, program) -> int:
         """The batch size of the next chunk."""
+        wanted = self._wanted(program)
+        return min(wanted, self._limit.get(program, wanted))
+
+    def _wanted(self, program):
         devices, history = self._mesh.shape["sweep"], self._history[program]
         if self._measures:
             return next_batch_size(self._tried(program), len(self._todo[program]) / devices, history[-1].compile_seconds if history else 0.0)
@@ -232,6 +237,7 @@ class _Groups:
                 program.built[batch_size] = compiled
             else:
                 batch_size, compile = max(1, min(batch_size - 1, int(batch_size * self._budget / compiled.memory))), None
+                self._limit[program] = batch_size
         return batch_size, program.built[batch_size]
 
 
