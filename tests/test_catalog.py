@@ -100,7 +100,7 @@ def test_list(capsys, monkeypatch):
     assert main(["list", "--family", "schedules"]) == 0
     assert "wsd_schedule" in (out := capsys.readouterr().out)
     assert "min_snr" not in out
-    assert main(["list", "--search", "DIFFUSION hang"]) == 0
+    assert main(["list", "--search", "DIFFUSION tiankai"]) == 0
     assert capsys.readouterr().out.split()[0] == "min_snr"
     assert main(["list", "--search", "no such words"]) == 0
     assert capsys.readouterr().out == "0 methods\n"
