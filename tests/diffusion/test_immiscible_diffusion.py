@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from scipy.optimize import linear_sum_assignment
 
 from ergodax.core import FlowMatchingPath, VelocityPrediction, given_pairs
@@ -105,6 +106,31 @@ def test_no_gradient_through_the_assignment_and_a_lower_loss():
         gradient = jax.grad(lambda x, loss=loss: loss(lambda t, y, args: y, x, jax.random.key(1))[0])(data)
         assert bool(jnp.isfinite(gradient).all())
     assert losses[list(losses)[1]] < 0.3 * losses[given_pairs]
+
+
+def test_a_batch_spread_over_devices():
+    """With `axis_name` the whole batch is assigned; without it, each device's part."""
+    data, noise = draw(12, 2)
+    labels = jnp.arange(12) % 2
+    mesh = Mesh(np.array(jax.local_devices()[:2]), ("batch",))
+
+    def spread(coupling):
+        couple = jax.shard_map(
+            lambda x, e, c: coupling(jax.random.key(0), x, e, c),
+            mesh=mesh,
+            in_specs=PartitionSpec("batch"),
+            out_specs=PartitionSpec("batch"),
+            check_vma=False,
+        )
+        return jax.jit(couple)(data, noise, labels)
+
+    whole = noise[immiscible_assignment(data, noise)]
+    np.testing.assert_array_equal(spread(Immiscible(axis_name="batch")), whole)
+    within = spread(Immiscible(within_condition=True, axis_name="batch"))
+    np.testing.assert_array_equal(within, noise[immiscible_assignment(data, noise, condition=labels)])
+    parts = jnp.concatenate([noise[half][immiscible_assignment(data[half], noise[half])] for half in (slice(6), slice(6, 12))])
+    np.testing.assert_array_equal(spread(Immiscible()), parts)
+    assert not np.array_equal(parts, whole)
 
 
 def test_shapes_must_agree():

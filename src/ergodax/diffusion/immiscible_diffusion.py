@@ -4,7 +4,8 @@ In every batch the noises are reordered by the linear assignment that minimises 
 
     min over permutations π of Σ_b ‖x_b - ε_{π(b)}‖   (the distance itself, not its square),
 
-and training goes on as before. The set of noises, hence their marginal law, is unchanged; only the coupling is.
+and training goes on as before. The set of noises, hence their marginal law, is unchanged; only the coupling is. (The released code multiplies both by
+0.1 first, so that float16 does not overflow; the assignment does not depend on it, and here sums are not taken in float16.)
 """
 
 import equinox as eqx
@@ -56,15 +57,23 @@ class Immiscible(eqx.Module):
       assignment across the batch makes the noise depend on the label, while sampling starts from noise that does not, and conditioning is lost (on
       the 8 × 8 digits class accuracy fell from 0.98 to 0.64). Within a label the noise stays N(0, I).
     - `distance_dtype` (static): see `immiscible_assignment`.
+    - `axis_name` (static): inside `shard_map`, the mesh axis that a batch is spread over. The whole batch is then assigned at once, on every device
+      alike, as the released code does; without it each device assigns its own part. (Under `jax.jit` with sharded arrays the batch is whole anyway.)
     """
 
     within_condition: bool = eqx.field(static=True, default=False)
     distance_dtype: jax.typing.DTypeLike | None = eqx.field(static=True, default=None)
+    axis_name: str | None = eqx.field(static=True, default=None)
 
     def __call__(self, key: PRNGKey, data: Float[Array, "n *x"], noise: Float[Array, "n *x"], args: PyTree) -> Float[Array, "n *x"]:
         """The rows of `noise`, reordered. Deterministic; `key` is not used."""
-        data, drawn = jax.lax.stop_gradient((data, noise))
-        return noise[immiscible_assignment(data, drawn, self.distance_dtype, condition=args if self.within_condition else None)]
+        condition, n = args if self.within_condition else None, len(data)
+        if self.axis_name is not None:
+            data, noise, condition = jax.tree.map(lambda part: jax.lax.all_gather(part, self.axis_name, tiled=True), (data, noise, condition))
+        chosen = immiscible_assignment(*jax.lax.stop_gradient((data, noise)), self.distance_dtype, condition=condition)
+        if self.axis_name is not None:
+            chosen = jax.lax.dynamic_slice_in_dim(chosen, n * jax.lax.axis_index(self.axis_name), n)
+        return noise[chosen]
 
 
 __all__ = ["Immiscible", "immiscible_assignment"]
