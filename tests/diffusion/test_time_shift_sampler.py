@@ -12,7 +12,7 @@ import pytest
 
 from ergodax.core import AffinePath, DenoiserTerm, EDMPath, VPPath, integrate, with_noise
 from ergodax.data import GaussianMixture
-from ergodax.diffusion import DDIM, Ancestral, DPMSolverPP2M, uniform_grid
+from ergodax.diffusion import DDIM, Ancestral, DPMSolverPP2M, PredictorCorrector, ReverseDiffusion, uniform_grid
 from ergodax.diffusion.pndm import PNDM, WarmUp
 from ergodax.diffusion.time_shift_sampler import TimeShift
 from ergodax.testing import assert_mean
@@ -58,7 +58,10 @@ def index_to_level(s):
     return 999 - 100 * np.asarray(s)
 
 
-@pytest.mark.parametrize("solver", [DDIM(), DPMSolverPP2M(), PNDM(4, WarmUp.improved_euler()), Ancestral()], ids=lambda s: type(s).__name__)
+BASES = [DDIM(), DPMSolverPP2M(), PNDM(4, WarmUp.improved_euler()), Ancestral(), PredictorCorrector(ReverseDiffusion())]
+
+
+@pytest.mark.parametrize("solver", BASES, ids=lambda s: type(s).__name__)
 def test_no_window_or_no_cutoff_is_the_base_solver(solver):
     path = VPPath()
     mixture = GaussianMixture.isotropic(jnp.ones(2), jnp.array([[1.0, 0.0], [-1.0, 0.5]]), 0.3)

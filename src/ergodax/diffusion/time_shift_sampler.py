@@ -64,7 +64,7 @@ class TimeShift(WrappedSolver):
         """One step of `solver` from the shifted index to `t1`, and the shift of `t1`."""
         start, state = solver_state
         model, *noise = self.parts(terms)
-        shifted = join(model, *(_NominalNoise(term, t0, t1) for term in noise))
+        shifted = join(model, *(_NominalNoise(term, start, t0, t1) for term in noise))
         y1, error, dense, state, result = self.solver.step(shifted, start, t1, y0, args, state, made_jump)
         return y1, error, dense, (self.matching_index(model, t1, y1), state), result
 
@@ -82,17 +82,22 @@ class TimeShift(WrappedSolver):
 
 
 class _NominalNoise(dfx.AbstractTerm):
-    """The noise of the nominal step, scaled to whatever step it is asked for: steps that start elsewhere still draw independent noises."""
+    """The noise of the nominal step from `nominal` to `end`, stretched to the step from `start`: steps that start elsewhere still draw independent
+    noises, and so do the parts of one.
+    """
 
     term: dfx.AbstractTerm
     start: Any
+    nominal: Any
     end: Any
 
     def vf(self, t, y, args):
         return self.term.vf(t, y, args)
 
     def contr(self, t0, t1, **kwargs):
-        return self.term.contr(self.start, self.end, **kwargs) * jnp.sqrt((t1 - t0) / (self.end - self.start))
+        stretch = (self.end - self.nominal) / (self.end - self.start)
+        inner = [self.nominal + (t - self.start) / (self.end - self.start) * (self.end - self.nominal) for t in (t0, t1)]
+        return self.term.contr(*inner, **kwargs) / jnp.sqrt(stretch)
 
     def prod(self, vf, control):
         return self.term.prod(vf, control)
