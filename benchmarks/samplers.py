@@ -1,6 +1,6 @@
 """What a sampler costs beside its network: microseconds per step of `integrate` and `diffeqsolve`, as ratios to the bare network calls.
 
-    python benchmarks/samplers.py [--rounds N] [--steps N] [--quick] [--out DIR] [--torch-python PATH]
+    python benchmarks/samplers.py [--rounds N] [--steps N] [--solvers all|NAME,...] [--quick] [--out DIR] [--torch-python PATH]
 
 All cells of a network are timed in turn, in rotating order, round after round, so that a slow moment of the machine hits them alike. A bare run is
 one scan of the same number of network calls chained by y <- y + 1e-3 net(t, y). k-diffusion and diffusers run the torch twin of the network in a
@@ -25,12 +25,68 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from ergodax.core import Denoiser, DenoiserTerm, NoisePrediction, VPPath, integrate
-from ergodax.diffusion import DDIM, DPMSolverPP2M, Heun, uniform_grid
+from ergodax.diffusion import (
+    BDIA,
+    DDIM,
+    ERSDE,
+    IIA,
+    PNDM,
+    AcceleratedDDIM,
+    AcceleratedDDPM,
+    Ancestral,
+    ConjugateDDIM,
+    DPMSolverPP2M,
+    EulerMaruyama,
+    Heun,
+    LinearRestorationDegradation,
+    ReverseDiffusion,
+    TimeShift,
+    WarmUp,
+    uniform_grid,
+)
+from ergodax.diffusion.dpm_solver_2 import DPMSolver2
+from ergodax.diffusion.dpm_solver_pp_sde import DPMSolverPP2MSDE, DPMSolverPP3MSDE
+from ergodax.diffusion.lms import LMS
+from ergodax.diffusion.usf_s3 import USF
 from ergodax.nn import UNet
 
 
 BATCH = 64
-SOLVERS = {"Euler": (dfx.Euler(), 1), "DDIM": (DDIM(), 1), "DPM++2M": (DPMSolverPP2M(), 1), "Heun": (Heun(), 2)}
+FIRST = ("Euler", "DDIM", "DPM++2M", "Heun")  # those that have peers in torch, the default
+
+
+def solvers(path, steps):
+    """{name: (solver, network calls per step)}: what runs on a `DenoiserTerm` by `integrate`."""
+    plain = {
+        "Euler": dfx.Euler(),
+        "DDIM": DDIM(),
+        "DPM++2M": DPMSolverPP2M(),
+        "Heun": Heun(),
+        "DPM-Solver-2": DPMSolver2(path),
+        "LMS": LMS(),
+        "DPM++2M SDE": DPMSolverPP2MSDE(),
+        "DPM++3M SDE": DPMSolverPP3MSDE(),
+        "ancestral": Ancestral(),
+        "Euler-Maruyama": EulerMaruyama(),
+        "reverse diffusion": ReverseDiffusion(),
+        "ER-SDE": ERSDE(),
+        "PLMS": PNDM(4, WarmUp.improved_euler()),
+        "F-PNDM": PNDM(),
+        "BDIA": BDIA(),
+        "IIA-DDIM": IIA(jnp.zeros((steps, 2), jnp.float32)),
+        "accelerated DDIM": AcceleratedDDIM(),
+        "accelerated DDPM": AcceleratedDDPM(),
+        "restoration-degradation": LinearRestorationDegradation(path),
+        "conjugate DDIM": ConjugateDDIM(0.3),
+        "time shift, DDIM": TimeShift(DDIM()),
+        "USF: DPM++3M": USF.dpm_solver(steps, 3),
+        "USF: DEIS-3": USF.deis(steps, 3),
+        "USF: UniPC-3": USF.unipc(steps, 3),
+    }
+    more = {"Heun": 2, "DPM-Solver-2": 2, "accelerated DDIM": 2, "PLMS": 1 + 1 / steps, "F-PNDM": 1 + 9 / steps}
+    return {name: (solver, more.get(name, 1)) for name, solver in plain.items()}
+
+
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -86,7 +142,8 @@ def term_of(network, grid):
 
 
 def with_scan(solver):
-    return lambda network, grid, y: integrate(term_of(network, grid), solver, y)
+    """The key is for the stochastic ones. The time shift takes the batch for one example here: what it costs is one variance either way."""
+    return lambda network, grid, y: integrate(term_of(network, grid), solver, y, key=jr.key(2))
 
 
 def with_diffeqsolve(solver):
@@ -172,11 +229,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10, help="rounds (default 10): the U-Net is timed once in each, the others ten times")
     parser.add_argument("--steps", type=int, default=50, help="solver steps N (default 50)")
+    parser.add_argument("--solvers", default=",".join(FIRST), help="names with commas between, or all (default: those with peers in torch)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of 10 steps: does it run?")
     parser.add_argument("--out", type=pathlib.Path, help="folder for samplers.json")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter of the torch peers (default: this one)")
     options = parser.parse_args()
     rounds, steps = (3, 10) if options.quick else (options.rounds, options.steps)
+
+    known = solvers(VPPath(), steps)
+    chosen = list(known) if options.solvers == "all" else [name.strip() for name in options.solvers.split(",")]
+    if unknown := set(chosen) - set(known):
+        parser.error(f"--solvers: {', '.join(sorted(unknown))} is none of: all, {', '.join(known)}")
 
     peers = TorchPeers(options.torch_python, steps)
     about = machine(peers.versions)
@@ -185,9 +248,11 @@ def main():
     for name, (network, shape, repeats) in networks(jr.key(0)).items():
         y = jr.normal(jr.key(1), (BATCH, *shape))
         cells = {("JAX", "bare calls"): (bare, 1)}
-        for solver_name, (solver, calls_per_step) in SOLVERS.items():
+        for solver_name in chosen:
+            solver, calls_per_step = known[solver_name]
             cells["integrate", solver_name] = with_scan(solver), calls_per_step
-            cells["diffeqsolve", solver_name] = with_diffeqsolve(solver), calls_per_step
+            if solver_name in FIRST:
+                cells["diffeqsolve", solver_name] = with_diffeqsolve(solver), calls_per_step
         for cell, (function, calls_per_step) in cells.items():
             runs[name, *cell], *compile_seconds[name, *cell] = compiled(function, network, grid, y)
             calls[name, *cell] = calls_per_step
