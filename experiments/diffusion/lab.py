@@ -169,7 +169,7 @@ def grids(path: AffinePath, num_steps: int, sigma_min: float, sigma_max: float):
 
 
 def solve(term, solver, starts, labels, keys=None):
-    """One solve for each start; `keys` for a stochastic solver."""
+    """One solve for each start; `keys` for a stochastic solver, others ignore them."""
     if keys is None:
         return jax.vmap(lambda start, label: integrate(term, solver, start, label))(starts, labels)
     return jax.vmap(lambda start, label, key: integrate(term, solver, start, label, key=key))(starts, labels, keys)

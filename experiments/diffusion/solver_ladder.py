@@ -9,6 +9,7 @@ these numbers. Everything is written to DIR (see `ergodax.core.run`).
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -198,8 +199,7 @@ class Bench:
         def on(grid):
             term = DenoiserTerm(field, self.target.path, grid)
             solver = entry.make(term, *self.fitting)
-            keys = self.keys if entry.noisy else None
-            return jax.vmap(partial(lab.solve, term, solver), in_axes=(0, 0, 0 if entry.noisy else None))(self.starts, self.labels, keys)
+            return jax.vmap(partial(lab.solve, term, solver))(self.starts, self.labels, self.keys)
 
         return jax.vmap(on)(grids)
 
@@ -215,15 +215,18 @@ class Bench:
         return out | {name: np.array([[float(score[name]) for score in row] for row in scores]) for name in DISTANCES}
 
 
-def climb(config: Config, run: Run, bench: Bench) -> dict[str, np.ndarray]:
-    """All solvers at all NFEs on one target: `solver/nfe/measure` -> (grids, seeds)."""
-    name, out = bench.target.name, {f"floor/{name}": scores for name, scores in bench.floor.items()}
-    with run.bar(name, len(config.entries) * len(config.nfe)) as update:
+def climb(config: Config, run: Run, name: str, make_bench: Callable[[], Bench]) -> dict[str, np.ndarray]:
+    """All solvers at all NFEs on one target: `solver/nfe/measure` -> (grids, seeds). Each solver is a stage of the run."""
+    bench = functools.cache(make_bench)  # made if anything is left to do
+    out = {f"floor/{key}": scores for key, scores in run.stage(f"{name}, floor", lambda: bench().floor).items()}
+    with run.bar(name, len(config.entries)) as update:
         for i, (solver, entry) in enumerate(config.entries.items()):
-            for j, nfe in enumerate(config.nfe):
-                if entry.steps(nfe):
-                    out |= {f"{solver}/{nfe}/{measure}": values for measure, values in bench.measure(entry, nfe).items()}
-                update(i * len(config.nfe) + j + 1, f"{solver}, NFE {nfe}")
+
+            def measured(entry=entry):
+                return {f"{nfe}/{key}": v for nfe in config.nfe if entry.steps(nfe) for key, v in bench().measure(entry, nfe).items()}
+
+            out |= {f"{solver}/{key}": values for key, values in run.stage(f"{name}, {solver}", measured).items()}
+            update(i + 1, solver)
     return out
 
 
@@ -360,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
                 bench = partial(Bench, config, target, config.model_seeds, config.model_samples, config.model_fine_steps)
             else:
                 bench = partial(Bench, config, lab.mixture_target(name), config.seeds, config.samples, config.fine_steps)
-            scores[name] = run.stage(name, lambda bench=bench: climb(config, run, bench()))
+            scores[name] = climb(config, run, name, bench)
         report(config, run, scores)
 
 
