@@ -430,7 +430,7 @@ def draw_speed(config: Config, scores: dict[str, dict]):
             axis.axhline(floor, color="gray", lw=0.8)
             axis.set(yscale="log", ylim=(floor / 3, None), xlabel="step", title=f"{problem}, {getattr(config, calls)} calls")
         panels[0].set_ylabel("energy distance")
-    panels[0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -29,7 +29,6 @@ from ergodax.diffusion import (
     DDIM,
     ERSDE,
     IIA,
-    LMS,
     NFDM,
     PNDM,
     PSLD,
@@ -63,9 +62,7 @@ from ergodax.diffusion import (
     DensityRatioLoss,
     DiscreteReproduction,
     DiscretisedOutput,
-    DPMSolver2,
     DPMSolverPP2M,
-    DPMSolverPP2MSDE,
     DPMSolverPP3MSDE,
     EarlyExit,
     EarlyTimestepSharing,
@@ -388,10 +385,9 @@ def cvdm(hyper, x, key):
     names = ("margin", "curvature", "schedule_weight", "prior_weight", "curvature_weight")
     loss = CVDMLoss(**{name: hyper[name] for name in names}, times=uniform_times)(CVDM(network, schedule), (x, x[::-1]), key)[0]
     path = schedule.path(x[0])
-    product = schedule.product_path(x[0], 4)
     grid = jnp.asarray([0.3, 0.6, 0.8], x.dtype)
-    samples = [integrate(DenoiserTerm(Denoiser(LevelInput(network, p), p, NoisePrediction()), p, grid), DDIM(), x[1], x[0]) for p in (path, product)]
-    return loss, samples, path.time(jnp.asarray(0.3, x.dtype))
+    sample = integrate(DenoiserTerm(Denoiser(LevelInput(network, path), path, NoisePrediction()), path, grid), DDIM(), x[1], x[0])
+    return loss, sample, schedule.product_path(x[0], 4).alpha(jnp.asarray(0.4, x.dtype))
 
 
 def bayesian_flow_networks(hyper, x, key):
@@ -526,9 +522,7 @@ def ar_diffusion(hyper, x, key):
 def usf_s3(hyper, x, key):
     path = VPPath(0.1, hyper["beta_max"])
     term = DenoiserTerm(_mixture(x.dtype).denoiser(path), path, log_snr_grid(path, 4, jnp.asarray(0.1, x.dtype), jnp.asarray(0.9, x.dtype)))
-    first, second = jax.random.split(key)
-    ode = integrate(term, USF.unipc(4, 2), integrate(term, LMS(2), integrate(term, DPMSolver2(path), x)))
-    return integrate(term, DPMSolverPP3MSDE(hyper["eta"]), integrate(term, DPMSolverPP2MSDE(hyper["eta"]), ode, key=first), key=second)
+    return integrate(term, DPMSolverPP3MSDE(hyper["eta"]), integrate(term, USF.unipc(4, 2), x), key=key)
 
 
 FP_ROOT, FP_PAIRS = jnp.array([[1.1, 0.2], [0.0, 0.8]]), jnp.array([[0.0, 0.7], [0.1, 0.0]])
