@@ -274,7 +274,11 @@ def winners(rows: list[dict]) -> list[dict]:
                 for row in ran
                 if row is not best and row[measure] - best[measure] < 2 * np.hypot(row[f"{measure}_se"], best[f"{measure}_se"])
             ]
-            won |= {title: best["solver"], f"{title}: grid": best[f"{measure}_grid"], f"{title}: as good": ", ".join(ties)}
+            won |= {
+                title: best["solver"],
+                f"{title}: grid": best[f"{measure}_grid"],
+                f"{title}: as good": ", ".join(ties) if len(ties) < 6 else f"{len(ties)} others",
+            }
         out.append(won)
     return out
 
