@@ -226,6 +226,7 @@ def climb(config: Config, run: Run, name: str, make_bench: Callable[[], Bench]) 
                 return {f"{nfe}/{key}": v for nfe in config.nfe if entry.steps(nfe) for key, v in bench().measure(entry, nfe).items()}
 
             out |= {f"{solver}/{key}": values for key, values in run.stage(f"{name}, {solver}", measured).items()}
+            jax.clear_caches()  # hundreds of compiled programs at once exceed what the system lets one process map
             update(i + 1, solver)
     return out
 
