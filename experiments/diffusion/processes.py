@@ -63,7 +63,7 @@ from ergodax.core.report import Report
 from ergodax.core.run import Run
 from ergodax.diffusion.cvdm import CVDMLoss, LevelInput
 from ergodax.diffusion.diffusion_time import TimesFrom, fit_gaussian_mixture
-from ergodax.diffusion.fp_diffusion import ConstantFP, FPLoss, FPReverse, NoiseToScore
+from ergodax.diffusion.fp_diffusion import ConstantFP, FPLoss, FPReverse
 from ergodax.diffusion.kinetic_optimal_path import TRIGONOMETRIC
 from ergodax.diffusion.linear_sde import perturbed
 
@@ -475,7 +475,7 @@ class LearnedLinear(Process):
     def model(self, problem, size, key):
         count = math.prod(problem.shape)
         process = ConstantFP(jnp.eye(count), jnp.zeros((count, count)))
-        return NoiseToScore(problem.network(size.width, size.depth, key), process)
+        return d.NoiseScore(problem.network(size.width, size.depth, key), process)
 
     def loss(self, model, batch, key):
         return FPLoss()(model, batch, key)

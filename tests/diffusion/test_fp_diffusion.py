@@ -11,13 +11,12 @@ import scipy.linalg
 
 from ergodax.core import VPPath, integrate
 from ergodax.data import GaussianMixture
-from ergodax.diffusion import LinearBeta
+from ergodax.diffusion import LinearBeta, NoiseScore
 from ergodax.diffusion.fp_diffusion import (
     ConstantFP,
     FPLoss,
     FPProcess,
     FPReverse,
-    NoiseToScore,
     SimulatedFPBound,
     VariableFP,
     conditioning_penalty,
@@ -207,7 +206,7 @@ def test_bound_on_gaussian_data():
 
     def loss(key):
         first, second = jax.random.split(key)
-        return 3 * FPLoss(margin, 0.3)(NoiseToScore(network, CONSTANT), jax.random.normal(first, (64, 3)) @ jnp.sqrt(SPREAD), second)[0]
+        return 3 * FPLoss(margin, 0.3)(NoiseScore(network, CONSTANT), jax.random.normal(first, (64, 3)) @ jnp.sqrt(SPREAD), second)[0]
 
     values = jax.jit(lambda keys: jax.lax.map(loss, keys))(jax.random.split(jax.random.key(1), 30))
     phi, sigma = (np.asarray(a) for a in CONSTANT.kernel(1 - margin, jnp.zeros(3)))
@@ -262,7 +261,7 @@ def test_gradients_float32_and_bad_arguments():
     """Gradients of the bound reach root and coupling; the penalty is 0 at R = I."""
 
     def value(matrices):
-        model = NoiseToScore(lambda t, x, args: 0.5 * x, ConstantFP(*matrices, BETA))
+        model = NoiseScore(lambda t, x, args: 0.5 * x, ConstantFP(*matrices, BETA))
         return FPLoss(0.01)(model, POINTS.astype(jnp.float32), jax.random.key(0))[0]
 
     result, slopes = jax.jit(jax.value_and_grad(value))((ROOT.astype(jnp.float32), PAIRS.astype(jnp.float32)))

@@ -105,7 +105,6 @@ from ergodax.diffusion import (
     NFDMLoss,
     NodeNetwork,
     NoiseScore,
-    NoiseToScore,
     OneMoreStep,
     PathDegradation,
     PathForward,
@@ -532,7 +531,7 @@ def fp_diffusion(hyper, x, key):
     beta = LinearBeta(hyper["beta_min"], hyper["beta_max"])
     loss = FPLoss(hyper["margin"], hyper["regulariser"], times=lambda key, n: jax.random.uniform(key, (n,)))
     root, pairs = FP_ROOT.astype(x.dtype), FP_PAIRS.astype(x.dtype)
-    value = loss(NoiseToScore(NETWORK, ConstantFP(root, pairs, beta)), x, key)[0]
+    value = loss(NoiseScore(NETWORK, ConstantFP(root, pairs, beta)), x, key)[0]
 
     def score(t, x, args):
         return -jnp.tanh(x)

@@ -133,7 +133,6 @@ from .fp_diffusion import (
     FPLoss as FPLoss,
     FPProcess as FPProcess,
     FPReverse as FPReverse,
-    NoiseToScore as NoiseToScore,
     SimulatedFPBound as SimulatedFPBound,
     VariableFP as VariableFP,
     conditioning_penalty as conditioning_penalty,

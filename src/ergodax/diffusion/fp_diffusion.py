@@ -22,7 +22,7 @@ Variable matrices (`VariableFP`) have none; with D = β R⁻¹ and the forward d
 
 Backwards, in our t, for every κ: dx = [-f + ½ (1 + κ²) (D s + div D)] dt + κ √D dW. In one line each:
 
-    loss = FPLoss()                                                                # loss(NoiseToScore(network, ConstantFP(coupling=c)), batch, key)
+    loss = FPLoss()                                                                # loss(NoiseScore(network, ConstantFP(coupling=c)), batch, key)
     x1 = integrate(diffrax.ODETerm(FPReverse(model, model.process)), diffrax.Heun(), x0, times=times)
     x1 = integrate(fp_reverse_terms(model.process, model, key, x0), diffrax.Euler(), x0, times=times)
 
@@ -153,17 +153,6 @@ class VariableFP(FPProcess):
         return jax.tree.map(lambda slope: jnp.einsum("ijj->i", slope), slopes)
 
 
-class NoiseToScore(eqx.Module):
-    """A network that predicts ε, `(t, x, args)`, as the score of a `ConstantFP`. Both are trained."""
-
-    network: VectorField
-    process: ConstantFP
-
-    def __call__(self, t: Time, x: Float[Array, "*x"], args: PyTree = None) -> Float[Array, "*x"]:
-        """s at one scalar `t`, for ONE example."""
-        return self.process.score(t, self.network(t, x, args))
-
-
 class FPReverse(eqx.Module):
     """-f + ½ (1 + κ²) (D s + div D) as a vector field in our t. κ = `noise_scale`: 0 (default) is the probability flow, 1 the reverse SDE's drift."""
 
@@ -200,7 +189,7 @@ def conditioning_penalty(process: FPProcess, x: Float[Array, "*x"]) -> Float[Arr
 
 
 class FPLoss(eqx.Module):
-    """`loss(model, batch, key) -> (scalar, {each term})`: the bound of a `NoiseToScore`, in nats per dimension; network and process are trained.
+    """`loss(model, batch, key) -> (scalar, {each term})`: the bound of a `NoiseScore`, in nats per dimension; network and process are trained.
 
     - `batch`: data of shape (B, *x), or a pair (data, args) with `args` a pytree of leading axis B.
     - `margin`: u₀, default 1e-3; times are log-uniform above it, as the integrand grows like 1/u. `regulariser`: of R, default 0.
@@ -291,7 +280,6 @@ __all__ = [
     "FPLoss",
     "FPProcess",
     "FPReverse",
-    "NoiseToScore",
     "SimulatedFPBound",
     "VariableFP",
     "conditioning_penalty",

@@ -21,7 +21,7 @@ arXiv:2011.13456). `LinearSDETerm` steps on the first with any diffrax solver, `
 import abc
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -183,10 +183,13 @@ class LinearSDE(eqx.Module):
 
 
 class NoiseScore(eqx.Module):
-    """The score field of a network that predicts ε: `network(t, z, args) -> (p, *x)`, p = K or the last p rows (`LinearSDE.score`)."""
+    """The score field of a network that predicts ε: `network(t, z, args) -> (p, *x)`, p = K or the last p rows (`LinearSDE.score`).
+
+    `process`: whatever has `score(t, noise)`, a `LinearSDE` or a `ConstantFP`.
+    """
 
     network: VectorField
-    process: LinearSDE
+    process: Any
 
     def __call__(self, t: Time, z: Float[Array, "k *x"], args: PyTree = None) -> Float[Array, "k *x"]:
         """s at one scalar `t`, of the shape of `z`."""
