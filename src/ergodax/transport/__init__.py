@@ -1,5 +1,6 @@
 """Transport between two densities: interpolants, the fields they define, and flows and diffusions that sample with them."""
 
+from .gaussian_bridge import GaussianBridge as GaussianBridge
 from .interpolants import (
     AffineInterpolant as AffineInterpolant,
     BrownianBridgeGamma as BrownianBridgeGamma,
@@ -14,6 +15,15 @@ from .interpolants import (
     ZeroGamma as ZeroGamma,
 )
 from .mixture_fields import MixtureInterpolantFields as MixtureInterpolantFields
+from .reference import (
+    Brownian as Brownian,
+    LinearReference as LinearReference,
+    OrnsteinUhlenbeck as OrnsteinUhlenbeck,
+    ParametricReference as ParametricReference,
+    ReferenceProcess as ReferenceProcess,
+    sample_bridge as sample_bridge,
+)
+from .sde import AdditiveNoise as AdditiveNoise, sde_terms as sde_terms
 from .stochastic_interpolants import (
     GammaDiffusion as GammaDiffusion,
     InterpolantLoss as InterpolantLoss,

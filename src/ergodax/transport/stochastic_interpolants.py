@@ -23,7 +23,6 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, Float
 
 from ..core.batch import given_pairs, uniform_times
@@ -31,6 +30,7 @@ from ..core.check import check_range
 from ..core.likelihood import TimeReversed
 from ..core.types import PRNGKey, PyTree, Scalar, Time, VectorField
 from .interpolants import Gamma, Interpolant
+from .sde import sde_terms
 
 
 class InterpolantLoss(eqx.Module):
@@ -162,11 +162,14 @@ class GammaDiffusion(eqx.Module):
         return jnp.asarray(self.scale * self.gamma(t))
 
 
-class _Epsilon(eqx.Module):
-    value: Scalar | Callable
+class _Variance(eqx.Module):
+    """2 ε(t); `sign` -1 reads ε at -t."""
 
-    def __call__(self, t, x):
-        return jnp.asarray(self.value(t) if callable(self.value) else self.value, x.dtype)
+    epsilon: Scalar | Callable
+    sign: int = eqx.field(static=True)
+
+    def __call__(self, t):
+        return 2 * (self.epsilon(self.sign * t) if callable(self.epsilon) else self.epsilon)
 
 
 class _Drift(eqx.Module):
@@ -174,32 +177,19 @@ class _Drift(eqx.Module):
 
     velocity: VectorField
     score: VectorField
-    epsilon: _Epsilon
+    epsilon: Scalar | Callable
     sign: int = eqx.field(static=True)
 
     def __call__(self, t, x, args):
-        return self.velocity(t, x, args) + self.sign * self.epsilon(t, x) * self.score(t, x, args)
-
-
-class _Noise(eqx.Module):
-    """√(2 ε) times the identity, with gradient 0 where ε = 0. `sign` -1 reads ε at -t."""
-
-    epsilon: _Epsilon
-    sign: int = eqx.field(static=True)
-
-    def __call__(self, t, x, args):
-        epsilon = self.epsilon(self.sign * t, x)
-        scale = jnp.where(epsilon > 0, jnp.sqrt(2 * jnp.where(epsilon > 0, epsilon, 1)), 0)
-        return lx.DiagonalLinearOperator(jnp.full_like(x, scale))
+        epsilon = jnp.asarray(self.epsilon(t) if callable(self.epsilon) else self.epsilon, x.dtype)
+        return self.velocity(t, x, args) + self.sign * epsilon * self.score(t, x, args)
 
 
 def _sde_terms(velocity, score, epsilon, key, y0, sign):
     if not callable(epsilon):
         check_range("epsilon", epsilon, low=0.0)
-    epsilon = _Epsilon(epsilon)
     drift = _Drift(velocity, score, epsilon, sign)
-    brownian = dfx.UnsafeBrownianPath(jax.ShapeDtypeStruct(y0.shape, y0.dtype), key)
-    return dfx.MultiTerm(dfx.ODETerm(drift if sign > 0 else TimeReversed(drift)), dfx.ControlTerm(_Noise(epsilon, sign), brownian))
+    return sde_terms(drift if sign > 0 else TimeReversed(drift), _Variance(epsilon, sign), key, y0)
 
 
 def ode_term(velocity: VectorField) -> dfx.ODETerm:
