@@ -2,7 +2,6 @@
 
 import functools
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from ergodax.core import Denoiser, DenoiserTerm, FlowMatchingPath, VelocityPrediction, integrate, with_noise
 from ergodax.diffusion import DDIM, Ancestral, DPMSolverPP2M, Heun, uniform_grid
 from ergodax.diffusion.a_sdm_feature_inheritance import BlockStack, ConditionalConv, FeatureInheritance, SwitchedNetwork, key_steps
-from ergodax.testing import convergence_order
+from ergodax.testing import check_drivers, convergence_order
 
 
 class Block(eqx.Module):
@@ -101,14 +100,7 @@ def test_both_drivers_agree(solver):
     inheriting = FeatureInheritance(solver, NETWORK, key_steps(n, 2))
     model = DenoiserTerm(Denoiser(NETWORK, PATH, VelocityPrediction()), PATH, uniform_grid(n, 0.05, 0.95))
     terms = with_noise(model, jax.random.key(2), Y0) if isinstance(solver, Ancestral) else model
-
-    @eqx.filter_jit
-    def both(terms):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(terms, inheriting, 0.0, float(n), None, Y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, inheriting, Y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(terms), rtol=0, atol=1e-12)
+    check_drivers(terms, inheriting, Y0)
 
 
 @pytest.mark.parametrize("routing", [jax.nn.softmax, jax.nn.sigmoid])

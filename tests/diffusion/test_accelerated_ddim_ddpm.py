@@ -14,7 +14,7 @@ from ergodax.core import DenoiserTerm, EDMPath, FlowMatchingPath, VPPath, integr
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import Ancestral, Heun, karras_grid, log_snr_grid, uniform_grid
 from ergodax.diffusion.accelerated_ddim_ddpm import AcceleratedDDIM, AcceleratedDDPM, accelerated_grid
-from ergodax.testing import assert_covariance, assert_mean, convergence_order
+from ergodax.testing import assert_covariance, assert_mean, check_drivers, convergence_order
 
 
 MIXTURE = GaussianMixture.isotropic(jnp.array([0.3, 0.5, 0.2]), jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]), jnp.array([0.4, 0.5, 0.3]))
@@ -192,14 +192,7 @@ def test_both_drivers_agree(solver):
     path, n = VPPath(), 9
     model, y0 = DenoiserTerm(MIXTURE.denoiser(path), path, uniform_grid(n, 0.0, 0.99)), jax.random.normal(jax.random.key(1), (32, 2))
     terms = with_noise(model, jax.random.key(2), y0) if isinstance(solver, AcceleratedDDPM) else model
-
-    @eqx.filter_jit
-    def both(terms, y0):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(terms, solver, 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, solver, y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(terms, y0), rtol=0, atol=1e-12)
+    check_drivers(terms, solver, y0)
 
 
 def test_parameters_are_checked():

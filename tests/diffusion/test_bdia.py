@@ -1,6 +1,5 @@
 """BDIA: its formula, exact inversion and how rounding grows in it, orders, limits, both drivers."""
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from ergodax.core import Denoiser, DenoiserTerm, EDMPath, NoisePrediction, VPPat
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, Heun, karras_grid, log_snr_grid, uniform_grid
 from ergodax.diffusion.bdia import BDIA, bdia_integrate, bdia_invert, heun_move
-from ergodax.testing import convergence_order
+from ergodax.testing import check_drivers, convergence_order
 
 
 PATH = VPPath()
@@ -132,14 +131,7 @@ def test_limits():
 def test_both_drivers_agree():
     n = 9
     term, y0 = DenoiserTerm(MIXTURE.denoiser(PATH), PATH, uniform_grid(n, 0.0, 0.99)), jax.random.normal(jax.random.key(1), (32, 2))
-
-    @eqx.filter_jit
-    def both(term, y0):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(term, BDIA(0.8), 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(term, BDIA(0.8), y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(term, y0), rtol=0, atol=1e-12)
+    check_drivers(term, BDIA(0.8), y0)
 
 
 def test_parameters_are_checked():

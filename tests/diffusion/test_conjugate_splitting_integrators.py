@@ -33,7 +33,7 @@ from ergodax.diffusion import (
     uniform_grid,
     velocity_verlet,
 )
-from ergodax.testing import assert_covariance, convergence_order
+from ergodax.testing import assert_covariance, check_drivers, convergence_order
 
 
 PLANE = GaussianMixture.isotropic(jnp.array([0.3, 0.5, 0.2]), jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]), jnp.array([0.4, 0.3, 0.35]))
@@ -252,14 +252,7 @@ def test_both_drivers_and_bad_arguments():
     z0 = process.prior(jax.random.key(0), (1,))
     term = LinearSDETerm(LinearMixtureScore(LINE, process), process)
     for solver, terms in ((ConjugateIntegrator(), term), (oba(), with_noise(term, jax.random.key(1), z0))):
-
-        @jax.jit
-        def both(z0, terms=terms, solver=solver):
-            steps = dfx.StepTo(times)
-            other = dfx.diffeqsolve(terms, solver, 0.0, 0.9, None, z0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-            return integrate(terms, solver, z0, times=times), other.ys[0]
-
-        np.testing.assert_allclose(*both(z0), atol=1e-12)
+        check_drivers(terms, solver, z0, times=times)
     with pytest.raises(ValueError, match="choose one"):
         velocity_verlet(reduced=True, midpoint=True)
     with pytest.raises(ValueError, match="num_nodes"):

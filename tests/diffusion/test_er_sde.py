@@ -14,7 +14,7 @@ from ergodax.core import CosinePath, DenoiserTerm, EDMPath, FlowMatchingPath, VP
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, Ancestral, Heun, karras_grid, log_snr_grid, uniform_grid
 from ergodax.diffusion.er_sde import ERSDE, ExponentialNoiseScale, PowerNoiseScale
-from ergodax.testing import assert_covariance, assert_mean, convergence_order
+from ergodax.testing import assert_covariance, assert_mean, check_drivers, convergence_order
 
 
 MIXTURE = GaussianMixture.isotropic(jnp.array([0.3, 0.5, 0.2]), jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]), jnp.array([0.4, 0.5, 0.3]))
@@ -214,14 +214,7 @@ def test_both_drivers_agree():
     path, n = VPPath(), 12
     y0 = jax.random.normal(jax.random.key(1), (32, 2))
     terms = with_noise(DenoiserTerm(MIXTURE.denoiser(path), path, uniform_grid(n, 0.0, 0.99)), jax.random.key(2), y0)
-
-    @eqx.filter_jit
-    def both(terms, y0):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(terms, ERSDE(), 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, ERSDE(), y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(terms, y0), rtol=0, atol=1e-12)
+    check_drivers(terms, ERSDE(), y0)
 
 
 def test_parameters_are_checked():

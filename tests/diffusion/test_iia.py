@@ -1,6 +1,5 @@
 """IIA: the fit against a loop of its own, the card's gains over DDIM, limits, variants, both drivers."""
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from ergodax.core import DenoiserTerm, EDMPath, VPPath, integrate
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, DPMSolverPP2M, Heun, karras_grid, log_snr_grid, uniform_grid
 from ergodax.diffusion.iia import IIA, fit_iia, heun_update, noise_update
+from ergodax.testing import check_drivers
 
 
 PATH = VPPath()
@@ -134,14 +134,7 @@ def test_both_drivers_agree():
     n = 5
     term, y0 = model(n), normal(1, 32)
     solver = IIA(jnp.linspace(-0.1, 0.1, 2 * n).reshape(n, 2))
-
-    @eqx.filter_jit
-    def both(term, y0):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(term, solver, 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(term, solver, y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(term, y0), rtol=0, atol=1e-12)
+    check_drivers(term, solver, y0)
 
 
 def test_parameters_are_checked():

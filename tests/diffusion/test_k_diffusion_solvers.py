@@ -1,7 +1,5 @@
 """DPM-Solver-2, LMS, SDE-DPM-Solver++: limits, ends of a path, marginals, both drivers. Numbers of k-diffusion: tests/golden."""
 
-import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from ergodax.diffusion import DDIM, DPMSolverPP2M, log_snr_grid, uniform_grid
 from ergodax.diffusion.dpm_solver_2 import DPMSolver2
 from ergodax.diffusion.dpm_solver_pp_sde import DPMSolverPP2MSDE, DPMSolverPP3MSDE
 from ergodax.diffusion.lms import LMS
-from ergodax.testing import assert_covariance, assert_mean
+from ergodax.testing import assert_covariance, assert_mean, check_drivers
 
 
 MIXTURE = GaussianMixture.isotropic(jnp.array([0.3, 0.5, 0.2]), jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]), jnp.array([0.4, 0.5, 0.3]))
@@ -100,14 +98,7 @@ def test_both_drivers_agree(make):
     solver, y0 = make(path), jax.random.normal(jax.random.key(1), (32, 2))
     terms = DenoiserTerm(MIXTURE.denoiser(path), path, uniform_grid(n, 0.0, 0.99))
     terms = terms if isinstance(solver, DPMSolver2 | LMS) else with_noise(terms, jax.random.key(2), y0)
-
-    @eqx.filter_jit
-    def both(terms, y0):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(terms, solver, 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, solver, y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(terms, y0), rtol=0, atol=1e-12)
+    check_drivers(terms, solver, y0)
 
 
 def test_parameters_are_checked():

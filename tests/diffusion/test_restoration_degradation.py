@@ -15,7 +15,7 @@ from ergodax.core import DenoiserTerm, EDMPath, FlowMatchingPath, VPPath, integr
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, Heun, log_snr_grid, uniform_grid
 from ergodax.diffusion.restoration_degradation import ForwardProcess, LinearRestorationDegradation, RestorationDegradation, square_root_look_back
-from ergodax.testing import convergence_order
+from ergodax.testing import check_drivers, convergence_order
 
 
 MIXTURE = GaussianMixture.isotropic(jnp.array([0.3, 0.5, 0.2]), jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]), jnp.array([0.4, 0.5, 0.3]))
@@ -144,18 +144,7 @@ def test_order_of_the_linear_form(look_back, order):
 
 
 def test_both_drivers_agree():
-    n = 9
-    steps = dfx.StepTo(jnp.linspace(0, 0.9, n + 1))
-    path, y0 = VPPath(), jax.random.normal(jax.random.key(1), (8, 2))
-    term, solver = DenoiserTerm(MIXTURE.denoiser(path), path, uniform_grid(n, 0.0, 0.99)), LinearRestorationDegradation(path, lambda u, h: 0.5 * u)
-
-    @eqx.filter_jit
-    def both():
-        other = dfx.diffeqsolve(BENES, RestorationDegradation(), 0.0, 0.9, None, STARTS, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        indices = dfx.StepTo(jnp.arange(n + 1.0))
-        linear = dfx.diffeqsolve(term, solver, 0.0, float(n), None, y0, stepsize_controller=indices, adjoint=dfx.ForwardMode())
-        ours = integrate(BENES, RestorationDegradation(), STARTS, times=jnp.linspace(0, 0.9, n + 1)), integrate(term, solver, y0)
-        return ours, (other.ys[0], linear.ys[0])
-
-    for ours, theirs in zip(*both()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+    path, n = VPPath(), 9
+    check_drivers(BENES, RestorationDegradation(), STARTS, times=jnp.linspace(0, 0.9, n + 1))
+    term = DenoiserTerm(MIXTURE.denoiser(path), path, uniform_grid(n, 0.0, 0.99))
+    check_drivers(term, LinearRestorationDegradation(path, lambda u, h: 0.5 * u), jax.random.normal(jax.random.key(1), (8, 2)))

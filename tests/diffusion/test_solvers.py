@@ -12,7 +12,7 @@ import pytest
 from ergodax.core import CosinePath, DenoiserTerm, EDMPath, FlowMatchingPath, VEPath, VPPath, integrate, with_noise
 from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, Ancestral, DPMSolverPP2M, EulerMaruyama, Heun, ReverseDiffusion, karras_grid, log_snr_grid, uniform_grid
-from ergodax.testing import assert_covariance, assert_mean, convergence_order
+from ergodax.testing import assert_covariance, assert_mean, check_drivers, convergence_order
 
 
 _ANGLE = 0.4
@@ -66,15 +66,7 @@ def test_both_drivers_agree(solver):
     path, n = VPPath(), 20
     model, y0 = term(path, uniform_grid(n, 0.0, 0.99)), jax.random.normal(jax.random.key(1), (32, 2))
     terms = with_noise(model, jax.random.key(2), y0) if solver in STOCHASTIC else model
-    steps = dfx.StepTo(jnp.arange(n + 1.0))
-
-    @eqx.filter_jit
-    def both(terms, y0):
-        other = dfx.diffeqsolve(terms, solver, 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, solver, y0), other.ys[0]
-
-    ours, theirs = both(terms, y0)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+    check_drivers(terms, solver, y0)
 
 
 @pytest.mark.parametrize("path", [FlowMatchingPath(), EDMPath(20.0), CosinePath()], ids=repr)

@@ -13,7 +13,7 @@ from ergodax.data import GaussianMixture, energy_distance
 from ergodax.diffusion import DDIM, Ancestral, uniform_grid
 from ergodax.diffusion.time_correction_sampler import TimeCorrection
 from ergodax.diffusion.wrapped_solver import WrappedSolver
-from ergodax.testing import z_scores
+from ergodax.testing import check_drivers, z_scores
 
 
 # The linear betas 1e-3 … 0.12 of 100 steps, in continuous time.
@@ -161,18 +161,10 @@ def test_guidance_reaches_the_property():
 
 
 def test_both_drivers_agree():
-    x, n = jnp.array([0.3, -1.0]), STEPS
+    x = jnp.array([0.3, -1.0])
     terms = with_noise(TERM, jax.random.key(2), x)
     solver = TimeCorrection(Ancestral(), bayes, 3.0, energy, 0.05)
-
-    @jax.jit
-    def both(x):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        args = jnp.asarray(1.0)
-        other = dfx.diffeqsolve(terms, solver, 0.0, float(n), None, x, args, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, solver, x, args), other.ys[0]
-
-    np.testing.assert_allclose(*both(x), rtol=0, atol=1e-10)
+    check_drivers(terms, solver, x, jnp.asarray(1.0), tolerance=1e-10)
 
 
 def test_parameters_are_checked():

@@ -3,7 +3,6 @@
 import functools
 from statistics import NormalDist
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, Ancestral, DPMSolverPP2M, PredictorCorrector, ReverseDiffusion, uniform_grid
 from ergodax.diffusion.pndm import PNDM, WarmUp
 from ergodax.diffusion.time_shift_sampler import TimeShift
-from ergodax.testing import assert_mean
+from ergodax.testing import assert_mean, check_drivers
 
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -191,14 +190,7 @@ def test_both_drivers_agree(solver):
     x = jax.random.normal(jax.random.key(1), (2,))
     model = DenoiserTerm(mixture.denoiser(path), path, uniform_grid(n, 0.0, 0.99))
     terms = with_noise(model, jax.random.key(2), x) if isinstance(solver.solver, Ancestral) else model
-
-    @eqx.filter_jit
-    def both(terms, x):
-        steps = dfx.StepTo(jnp.arange(n + 1.0))
-        other = dfx.diffeqsolve(terms, solver, 0.0, float(n), None, x, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(terms, solver, x), other.ys[0]
-
-    np.testing.assert_allclose(*both(terms, x), rtol=0, atol=1e-12)
+    check_drivers(terms, solver, x)
 
 
 def test_parameters_are_checked():

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from ergodax.data import GaussianMixture
 from ergodax.diffusion import DDIM, DPMSolverPP2M, log_snr_grid, uniform_grid
 from ergodax.diffusion.dpm_solver_2 import DPMSolver2
 from ergodax.diffusion.usf_s3 import USF, Relaxation
+from ergodax.testing import check_drivers
 
 
 MIXTURE = GaussianMixture.isotropic(jnp.array([0.3, 0.5, 0.2]), jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]), jnp.array([0.4, 0.5, 0.3]))
@@ -171,14 +171,7 @@ def test_analytic_first_step():
 def test_both_drivers_agree():
     path, n = VPPath(), 9
     term, y0 = DenoiserTerm(MIXTURE.denoiser(path), path, uniform_grid(n, 0.0, 0.99)), jax.random.normal(jax.random.key(1), (32, 2))
-
-    @eqx.filter_jit
-    def both(term, y0):
-        steps, solver = dfx.StepTo(jnp.arange(n + 1.0)), USF.unipc(n, 3)
-        other = dfx.diffeqsolve(term, solver, 0.0, float(n), None, y0, stepsize_controller=steps, adjoint=dfx.ForwardMode())
-        return integrate(term, solver, y0), other.ys[0]
-
-    np.testing.assert_allclose(*both(term, y0), rtol=0, atol=1e-12)
+    check_drivers(term, USF.unipc(n, 3), y0)
 
 
 def test_orders_that_the_points_state():

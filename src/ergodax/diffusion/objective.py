@@ -35,7 +35,7 @@ class DenoisingLoss(eqx.Module):
     - `model`: a network on ONE example, `(t, x, args) -> array like x`; vmapped here.
     - `label_dropout`: probability of replacing an example's args by `null` (default 0), which classifier-free guidance needs.
 
-    Raises `ValueError` for a probability out of range or data without a batch axis.
+    Raises `ValueError` for a probability out of range, data without a batch axis, or `times` that draw more than one time an example.
     """
 
     path: AffinePath
@@ -52,6 +52,8 @@ class DenoisingLoss(eqx.Module):
     def __call__(self, model: VectorField, batch: PyTree, key: PRNGKey) -> tuple[Float[Array, ""], dict]:
         """The loss of one batch."""
         drawn = draw(batch, key, self.times, self.coupling, self.label_dropout, self.null)
+        if drawn.times.ndim != 1:
+            raise ValueError(f"`times` must draw one time an example, shape (n,), got {drawn.times.shape}; `FramewiseLoss` takes a time a frame.")
 
         def one(t, x1, x0, condition):
             error = model(t, self.path.interpolate(t, x1, x0), condition) - self.prediction.target(self.path, t, x1, x0)

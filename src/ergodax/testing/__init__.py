@@ -1,5 +1,6 @@
 """Checks for whoever writes a plug: the laws that every method obeys, and numeric checks that a wrong coefficient fails."""
 
+from .drivers import check_drivers as check_drivers
 from .laws import (
     LAWS as LAWS,
     Plug as Plug,
