@@ -23,8 +23,7 @@ def check_drivers(
 ) -> None:
     """`integrate` and `diffrax.diffeqsolve` over the same steps end in the same state, to an absolute `tolerance` (for float64).
 
-    `terms`, `solver`, `y0`, `args`, `times` as for `integrate`. The terms of a stochastic solver hold their noise (`core.with_noise`), so both drivers
-    draw the same.
+    Arguments as for `integrate`. The terms of a stochastic solver hold their noise already (`core.with_noise`), so that both drivers draw the same.
     """
     model = terms.terms[0] if isinstance(terms, dfx.MultiTerm) else terms
     boundaries = jnp.arange(model.num_steps + 1.0) if isinstance(model, DenoiserTerm) else times

@@ -5,6 +5,7 @@ run them with `jax_enable_x64`; the dtype law runs in float32 under it, where a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ class Plug:
         """One of them."""
         return jax.tree.map(lambda a: a[i], self.batch)
 
+    @functools.cached_property
+    def compiled(self) -> Callable:
+        """`apply`, compiled once for all laws."""
+        return jax.jit(self.apply)
+
+    @functools.cached_property
+    def mapped(self) -> Callable:
+        """`apply` over examples and keys, compiled once for all laws."""
+        return jax.jit(jax.vmap(self.apply, in_axes=(None, 0, 0)))
+
 
 _KEY = 20261122
 
@@ -69,7 +80,7 @@ def _stack(trees):
 def check_jit(plug: Plug) -> None:
     """Compiled equals eager."""
     args = plug.defaults(), plug.example(), jax.random.key(_KEY)
-    _assert_close(jax.jit(plug.apply)(*args), plug.apply(*args), "jit and eager differ")
+    _assert_close(plug.compiled(*args), plug.apply(*args), "jit and eager differ")
 
 
 def check_one_trace(plug: Plug) -> None:
@@ -84,33 +95,30 @@ def check_one_trace(plug: Plug) -> None:
 def check_batch(plug: Plug) -> None:
     """vmap over examples equals a loop over them."""
     hyper, keys = plug.defaults(), jax.random.split(jax.random.key(_KEY), plug.size)
-    one = jax.jit(plug.apply)
-    together = jax.jit(jax.vmap(plug.apply, in_axes=(None, 0, 0)))(hyper, plug.batch, keys)
-    _assert_close(together, _stack([one(hyper, plug.example(i), keys[i]) for i in range(plug.size)]), "vmap over examples differs from the loop")
+    together = plug.mapped(hyper, plug.batch, keys)
+    alone = [plug.compiled(hyper, plug.example(i), keys[i]) for i in range(plug.size)]
+    _assert_close(together, _stack(alone), "vmap over examples differs from the loop")
 
 
 def check_hyper(plug: Plug) -> None:
-    """vmap over each hyper-parameter equals a loop over its values, and the value matters."""
-    key, x, one = jax.random.key(_KEY), plug.example(), jax.jit(plug.apply)
-    for name, values in plug.hyper.items():
-        others = plug.defaults()
-        del others[name]
-
-        def swept(value, name=name, others=others):
-            return plug.apply(others | {name: value}, x, key)
-
-        together = jax.jit(jax.vmap(swept))(jnp.asarray(values, jnp.float64))
-        alone = [one(others | {name: jnp.asarray(value, jnp.float64)}, x, key) for value in values]
-        _assert_close(together, _stack(alone), f"vmap over `{name}` differs from the loop")
-        first, second = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in alone[:2])
+    """vmap over hyper-parameters, each with its values and the others at their defaults, equals a loop; and every value matters."""
+    if not plug.hyper:
+        return
+    key, x, defaults = jax.random.key(_KEY), plug.example(), plug.defaults()
+    runs = [(name, defaults | {name: jnp.asarray(value, jnp.float64)}) for name, values in plug.hyper.items() for value in values]
+    together = jax.jit(jax.vmap(plug.apply, in_axes=(0, None, None)))(_stack([hyper for _, hyper in runs]), x, key)
+    alone = [plug.compiled(hyper, x, key) for _, hyper in runs]
+    _assert_close(together, _stack(alone), "vmap over hyper-parameters differs from the loop")
+    for name in plug.hyper:
+        outputs = [output for (changed, _), output in zip(runs, alone) if changed == name]
+        first, second = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in outputs[:2])
         assert not np.array_equal(first, second), f"`{name}` changes nothing"
 
 
 def check_key(plug: Plug) -> None:
     """The same key gives the same result; another key gives another one exactly where the plug is random."""
-    run = jax.jit(plug.apply)
     hyper, x = plug.defaults(), plug.example()
-    first, again, other = (jax.tree.leaves(run(hyper, x, jax.random.key(seed))) for seed in (1, 1, 2))
+    first, again, other = (jax.tree.leaves(plug.compiled(hyper, x, jax.random.key(seed))) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again)), "the same key gave another result"
     assert all(np.array_equal(a, b) for a, b in zip(first, other)) != plug.random, "the key does not act as `random` says"
 
@@ -131,7 +139,7 @@ def check_gradient(plug: Plug) -> None:
 
     def total(inputs):
         hyper, x = inputs
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(plug.apply(hyper, x, key)))
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(plug.compiled(hyper, x, key)))
 
     gradient = jax.jit(jax.grad(total))(inputs)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)), "a gradient is not finite"
@@ -150,18 +158,17 @@ def check_devices(plug: Plug) -> None:
     devices = jax.local_devices()[:2]
     assert len(devices) == 2, "this law needs two devices: set XLA_FLAGS=--xla_force_host_platform_device_count=2"
     hyper, keys = plug.defaults(), jax.random.split(jax.random.key(_KEY), plug.size)
-    mapped = jax.vmap(plug.apply, in_axes=(None, 0, 0))
-    spec = PartitionSpec("batch")
+    mapped, spec = jax.vmap(plug.apply, in_axes=(None, 0, 0)), PartitionSpec("batch")
     sharded = jax.shard_map(
         mapped, mesh=Mesh(np.array(devices), ("batch",)), in_specs=(PartitionSpec(), spec, spec), out_specs=spec, check_vma=plug.check_vma
     )
-    _assert_close(jax.jit(sharded)(hyper, plug.batch, keys), jax.jit(mapped)(hyper, plug.batch, keys), "two devices differ from one")
+    _assert_close(jax.jit(sharded)(hyper, plug.batch, keys), plug.mapped(hyper, plug.batch, keys), "two devices differ from one")
 
 
 def check_checkpoint(plug: Plug, folder: Path) -> None:
     """What the plug returns (its state, for a kernel or an optimiser) survives orbax to the bit."""
     orbax = require("orbax.checkpoint", "experiments")
-    state = {"state": jax.jit(plug.apply)(plug.defaults(), plug.example(), jax.random.key(_KEY))}
+    state = {"state": plug.compiled(plug.defaults(), plug.example(), jax.random.key(_KEY))}
     with orbax.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / "state", state)
         checkpointer.wait_until_finished()
