@@ -11,9 +11,9 @@ and training goes on as before. The set of noises, hence their marginal law, is 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
+from ..core.assignment import optimal_assignment, squared_distances
 from ..core.types import PRNGKey, PyTree
 
 
@@ -35,19 +35,10 @@ def immiscible_assignment(
     """
     if data.shape != noise.shape:
         raise ValueError(f"data and noise must have the same shape, got {data.shape} and {noise.shape}.")
-    rows, columns = (a.reshape(a.shape[0], -1) for a in (data, noise))
     if distance_dtype is not None:
         # Rounded as the paper does, but summed in the working precision: float16 overflows on large images.
-        rows, columns = (a.astype(distance_dtype).astype(a.dtype) for a in (rows, columns))
-    squared = jnp.sum(rows**2, 1)[:, None] + jnp.sum(columns**2, 1) - 2 * rows @ columns.T
-    distance = jnp.sqrt(jnp.maximum(squared, 0.0))
-    for leaf in jax.tree.leaves(condition):
-        same = jnp.all((leaf[:, None] == leaf[None]).reshape(len(leaf), len(leaf), -1), axis=-1)
-        # A pair across conditions costs more than twice any pair within, so none is ever worth it: its two ends could go back at less.
-        distance = jnp.where(same, distance, 2 * jnp.max(distance) + distance)
-    # optax's loop carries numbers of the default dtype.
-    i, j = optax.assignment.hungarian_algorithm(distance.astype(float))
-    return jnp.zeros_like(j).at[i].set(j)
+        data, noise = (a.astype(distance_dtype).astype(a.dtype) for a in (data, noise))
+    return optimal_assignment(jnp.sqrt(squared_distances(data, noise)), condition)
 
 
 class Immiscible(eqx.Module):
