@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..core.check import check_range
 from ..core.types import PRNGKey, PyTree, Scalar, Time
-from .sde import sde_terms
+from .sde import draw, sde_terms
 
 
 class ReferenceProcess(eqx.Module):
@@ -120,8 +119,7 @@ def sample_bridge(
     process: LinearReference, key: PRNGKey, t: Time, x0: Float[Array, "*x"], x1: Float[Array, "*x"], start: Time = 0.0, end: Time = 1.0
 ) -> Float[Array, "*x"]:
     """One draw of x_t given both ends, at one scalar time."""
-    mean, variance = process.bridge(t, x0, x1, start, end)
-    return mean + jnp.sqrt(jnp.maximum(variance, 0)) * jax.random.normal(key, x0.shape, x0.dtype)
+    return draw(key, *process.bridge(t, x0, x1, start, end))
 
 
 __all__ = ["Brownian", "LinearReference", "OrnsteinUhlenbeck", "ParametricReference", "ReferenceProcess", "sample_bridge"]

@@ -13,6 +13,17 @@ from ..core.check import check_range
 from ..core.types import PRNGKey, Scalar, VectorField
 
 
+def standard_deviation(variance: Float[Array, "..."]) -> Float[Array, "..."]:
+    """√variance, and 0 with gradient 0 where the variance is not positive."""
+    positive = variance > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
+def draw(key: PRNGKey, mean: Float[Array, "*x"], variance: Float[Array, ""]) -> Float[Array, "*x"]:
+    """`mean` plus noise of one variance >= 0."""
+    return mean + standard_deviation(variance).astype(mean.dtype) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
 class AdditiveNoise(eqx.Module):
     """√v(t) times the identity, with gradient 0 where v = 0."""
 
@@ -21,8 +32,7 @@ class AdditiveNoise(eqx.Module):
     def __call__(self, t, x, args=None):
         """A diagonal operator of the size and dtype of `x`."""
         variance = jnp.asarray(self.variance(t) if callable(self.variance) else self.variance, x.dtype)
-        positive = variance > 0
-        return lx.DiagonalLinearOperator(jnp.full_like(x, jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)))
+        return lx.DiagonalLinearOperator(jnp.full_like(x, standard_deviation(variance)))
 
 
 def sde_terms(drift: VectorField, variance: Scalar | Callable, key: PRNGKey, y0: Float[Array, "*x"]) -> dfx.MultiTerm:
@@ -42,4 +52,4 @@ def sde_terms(drift: VectorField, variance: Scalar | Callable, key: PRNGKey, y0:
     return dfx.MultiTerm(dfx.ODETerm(drift), dfx.ControlTerm(AdditiveNoise(variance), brownian))
 
 
-__all__ = ["AdditiveNoise", "sde_terms"]
+__all__ = ["AdditiveNoise", "draw", "sde_terms", "standard_deviation"]
