@@ -14,6 +14,7 @@ from ergodax.transport import (
     InterpolantVelocityLoss,
     LatentLoss,
     LinearInterpolant,
+    MixtureInterpolantFields,
     ScoreFromLatent,
     ScoreLoss,
     SineSquaredGamma,
@@ -25,6 +26,7 @@ from ergodax.transport import (
     forward_sde_terms,
     ode_term,
 )
+from ergodax.transport.stochastic_interpolants import kl_bound, kl_optimal_epsilon
 
 
 LOSSES = {
@@ -237,3 +239,67 @@ def test_float32_stays_float32_and_bad_epsilon_is_refused():
     batch = x[:, None], x[:, None]
     for make in (VelocityLoss, ScoreLoss, LatentLoss, InterpolantVelocityLoss):
         assert make(LinearInterpolant())(velocity, batch, jax.random.key(0))[0].dtype == jnp.float32
+
+
+def test_kl_bound_is_reached():
+    """A Brownian motion from 0, whose forward drift is 0, with errors b̂ - b = ε(ŝ - s) = δ, drifts by 2δ: KL(ρ₁ ‖ ρ̂(1)) is |2δ|²/(2 · 2ε)."""
+    epsilon, delta = 0.35, jnp.array([0.3, -0.4])
+    gamma = BrownianBridgeGamma(2 * epsilon)
+    ends = (jnp.ones(1), jnp.zeros((1, 2)))
+    fields = MixtureInterpolantFields(LinearInterpolant(gamma), *ends, jnp.zeros(1), *ends, jnp.full(1, 2 * epsilon))
+    x = jnp.array([0.4, 0.9])
+    np.testing.assert_allclose(fields.velocity(0.3, x) + epsilon * fields.score(0.3, x), 0, atol=1e-12)
+    squared = jnp.sum(delta**2)
+    bound = kl_bound(squared / 2, squared / epsilon**2 / 2, epsilon)
+    np.testing.assert_allclose(bound, 4 * squared / (4 * epsilon), rtol=1e-12)
+    np.testing.assert_allclose(kl_optimal_epsilon(squared / 2, squared / epsilon**2 / 2), epsilon, rtol=1e-12)
+
+
+def test_kl_bound_between_gaussians(gaussians, fields_of):
+    """With b̂ = 1.3 b and ŝ = 0.8 s: KL of the laws at t = 1 (of exact moments) <= Girsanov's 1/(4ε) ∫ E|error|² <= the bound, at three ε."""
+    fields, (source, target) = fields_of(LinearInterpolant(), gaussians), gaussians
+    steps, midpoints = 400, (jnp.arange(400.0) + 0.5) / 400
+
+    @jax.jit
+    @jax.vmap
+    def run(epsilon):
+        def errors(t):
+            # E|f|² of the affine fields over the law of x_t
+            mean = (1 - t) * source.mean + t * target.mean
+            covariance = (1 - t) ** 2 * source.covariance + t**2 * target.covariance + t * (1 - t) * jnp.eye(2)
+
+            def size(field):
+                jacobian = jax.jacfwd(lambda x: field(t, x))(mean)
+                return jnp.sum(field(t, mean) ** 2) + jnp.trace(jacobian @ covariance @ jacobian.T)
+
+            both = lambda t, x: 0.3 * fields.velocity(t, x) - 0.2 * epsilon * fields.score(t, x)  # noqa: E731
+            return 0.09 * size(fields.velocity) / 2, 0.04 * size(fields.score) / 2, size(both) / (4 * epsilon)
+
+        velocity, score, path = (jnp.mean(v) for v in jax.vmap(errors)(midpoints))
+
+        def step(moments, t):
+            mean, covariance = moments
+            drift = lambda x: 1.3 * fields.velocity(t, x) + 0.8 * epsilon * fields.score(t, x)  # noqa: E731
+            jacobian = jax.jacfwd(drift)(mean)
+            matrix = jax.scipy.linalg.expm(jacobian / steps)
+            return (mean + drift(mean) / steps, matrix @ covariance @ matrix.T + 2 * epsilon * jnp.eye(2) / steps), None
+
+        mean, covariance = jax.lax.scan(step, (source.mean, source.covariance), midpoints)[0]
+        ratio, offset = jnp.linalg.solve(covariance, target.covariance), mean - target.mean
+        kl = (jnp.trace(ratio) - 2 - jnp.linalg.slogdet(ratio)[1] + offset @ jnp.linalg.solve(covariance, offset)) / 2
+        return (
+            kl,
+            path,
+            kl_bound(velocity, score, epsilon),
+            2 * jnp.sqrt(velocity * score),
+            kl_bound(velocity, score, kl_optimal_epsilon(velocity, score)),
+        )
+
+    kl, path, bound, least, at_optimum = run(jnp.array([0.2, 0.7, 2.0]))
+    assert jnp.all(kl < path)
+    assert jnp.all(path < bound)
+    assert jnp.all(kl > 0.01 * bound)  # no vacuous bound
+    np.testing.assert_allclose(at_optimum, least, rtol=1e-12)
+    assert jnp.all(bound >= least)
+    with pytest.raises(ValueError, match="epsilon"):
+        kl_bound(0.1, 0.1, 0.0)

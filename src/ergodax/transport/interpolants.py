@@ -4,11 +4,12 @@ Albergo, Boffi, Vanden-Eijnden 2023 (arXiv:2303.08797), definition 1: I(0) = x�
 What I does and how much noise γ adds are separate choices here: every `Interpolant` holds a `Gamma`.
 
 Names. The spatially linear interpolants are a(t) x₀ + b(t) x₁ + γ(t) z; the paper writes α, β for a, b. `ergodax.core.AffinePath` says α for the
-share of the DATA and σ for that of the noise, so here a is called `source_share` and b `target_share`. A path with Gaussian source is the case
-a = σ, b = α, γ = 0 (the paper's one-sided interpolant, its z our x₀): `AffineInterpolant`.
+share of the DATA and σ for that of the noise, so here a is called `source_share` and b `target_share`. The paper's one-sided interpolants have a
+Gaussian x₀ in the place of z: a path is the case a = σ, b = α, γ = 0, `AffineInterpolant`; the general one is `OneSidedInterpolant`.
 """
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -23,6 +24,10 @@ from ..core.types import Scalar, Time
 def _derivative(function, t):
     t = jnp.asarray(t)
     return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
+
+
+def _unchanged(t, x1):
+    return x1
 
 
 class Gamma(eqx.Module):
@@ -203,6 +208,22 @@ class AffineInterpolant(SpatiallyLinearInterpolant):
         return self.path.alpha(t)
 
 
+class MirrorInterpolant(Interpolant):
+    """x_t = K(t, x₁) + γ z with K(0) = K(1) = x₁: from a density back to itself, past noisier versions (the paper's mirror interpolant).
+
+    Pairs are (x₁, x₁): x₀ is ignored. With K = x₁ (default) v = 0, so b = -γ γ' s: the score, or η, is all there is to learn. A diffusion with ε > 0
+    turns one draw of the density into others, the farther the larger ε is.
+
+    `data`: K, `(t, x₁) -> array like x₁`.
+    """
+
+    gamma: Gamma = BrownianBridgeGamma()
+    data: Callable = _unchanged
+
+    def mean(self, t, x0, x1):
+        return self.data(t, x1)
+
+
 __all__ = [
     "AffineInterpolant",
     "BrownianBridgeGamma",
@@ -210,6 +231,7 @@ __all__ = [
     "Gamma",
     "Interpolant",
     "LinearInterpolant",
+    "MirrorInterpolant",
     "SineSquaredGamma",
     "SpatiallyLinearInterpolant",
     "TrigonometricInterpolant",

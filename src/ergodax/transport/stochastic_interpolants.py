@@ -13,7 +13,12 @@ each the minimiser of E[½|f|² - target · f] over f(t, x_t). Then, for ANY ε(
 
 ε is chosen at sampling time and may be swept. The paper's z is named the latent here, since `ergodax.core.Denoiser` predicts the data.
 
-Left out: learning I itself for the Schrödinger bridge, mirror and one-sided interpolants as classes of their own, the KL bound.
+What the losses say of the samples: by Girsanov's formula, models b̂ and ŝ in the forward diffusion with constant ε end in a law ρ̂(1) with
+
+    KL(ρ(1) ‖ ρ̂(1)) <= 1/(4ε) ∫ E|b̂ + ε ŝ - b - ε s|² dt <= ΔL_b/ε + ε ΔL_s,
+
+ΔL = ½ ∫ E|f̂ - f|² dt the excess of a loss over its minimum: `kl_bound`. Interpolants are in `interpolants.py`, those with Gaussian x₀ and what is
+learned on them in `one_sided.py`; the Schrödinger bridge by learning I itself is `interpolant_bridge.py`.
 """
 
 import abc
@@ -162,6 +167,24 @@ class GammaDiffusion(eqx.Module):
         return jnp.asarray(self.scale * self.gamma(t))
 
 
+def kl_bound(velocity_excess: Scalar, score_excess: Scalar, epsilon: Scalar) -> Float[Array, ""]:
+    """ΔL_b/ε + ε ΔL_s, in nats: how far the forward diffusion with ε ends from the target at most, KL(ρ₁ ‖ ρ̂(1)).
+
+    - `velocity_excess`, `score_excess`: by how much `VelocityLoss` and `ScoreLoss`, averaged over uniform times, exceed their minima: half the mean
+      squared errors of b̂ and ŝ. For a flow (ε = 0) there is no such bound: these losses do not control its likelihood.
+    - `epsilon`: ε > 0, constant in time.
+
+    With differences of the losses of two models, the difference of their bounds. Raises `ValueError` for ε <= 0.
+    """
+    check_range("epsilon", epsilon, low=0.0, open_low=True)
+    return jnp.asarray(velocity_excess / epsilon + epsilon * score_excess)
+
+
+def kl_optimal_epsilon(velocity_excess: Scalar, score_excess: Scalar) -> Float[Array, ""]:
+    """√(ΔL_b/ΔL_s), the ε of the least `kl_bound`, which is 2 √(ΔL_b ΔL_s)."""
+    return jnp.sqrt(jnp.asarray(velocity_excess / score_excess))
+
+
 class _Variance(eqx.Module):
     """2 ε(t); `sign` -1 reads ε at -t."""
 
@@ -237,5 +260,7 @@ __all__ = [
     "backward_ode_term",
     "backward_sde_terms",
     "forward_sde_terms",
+    "kl_bound",
+    "kl_optimal_epsilon",
     "ode_term",
 ]
