@@ -1,15 +1,10 @@
 """The experiments of `experiments/diffusion`, tiny: what they promise is in their folder, a second call reads it back, mistakes end with code 2."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from .shell import check_mistake, check_run
 
-ROOT = Path(__file__).parent.parent.parent
+
 TINY = {
     "solver_ladder": ["--nfe", "4", "8", "--solvers", "DDIM", "UniPC-2", "ancestral", "--targets", "eight Gaussians, 2-D", "--samples", "16"],
     "training": [
@@ -36,25 +31,9 @@ FIGURES = {
 }
 
 
-def run(name, *argv):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-    environment.pop("XLA_FLAGS", None)  # the scripts set their own number of devices
-    command = [sys.executable, str(ROOT / "experiments" / "diffusion" / f"{name}.py"), "--preset", "smoke", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-
-
 @pytest.mark.parametrize("name", list(TINY))
 def test_everything_promised_is_there(name, tmp_path):
-    folder = tmp_path / "run"
-    done = run(name, *TINY[name], "--out", str(folder))
-    assert done.returncode == 0, done.stderr
-    results = json.loads((folder / "results.json").read_text())
-    assert {path.stem for path in (folder / "figures").glob("*.png")} == FIGURES[name]
-    page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(FIGURES[name])
-    again = run(name, *TINY[name], "--out", str(folder))
-    assert again.returncode == 0, again.stderr
-    assert json.loads((folder / "results.json").read_text())["metrics"] == results["metrics"]
+    check_run(f"diffusion/{name}.py", TINY[name], FIGURES[name], tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +47,4 @@ def test_everything_promised_is_there(name, tmp_path):
     ],
 )
 def test_mistakes(name, argv, message, tmp_path):
-    done = run(name, *argv, "--out", str(tmp_path / "run"))
-    assert done.returncode == 2
-    assert message in " ".join((done.stderr + done.stdout).split())
-    assert not (tmp_path / "run").exists()
+    check_mistake(f"diffusion/{name}.py", argv, message, tmp_path / "run")
