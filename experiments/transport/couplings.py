@@ -2,7 +2,7 @@
 
     python experiments/transport/couplings.py [--preset smoke|default] [--out DIR] [--tasks plain labels position] [--couplings optimal …] …
 
-The laws are those of torchcfm's examples (eight modes of variance 0.1 on a circle of radius 5; moons with noise 0.2, times three, less one). A model is
+The laws are those of torchcfm's examples: eight modes of variance 0.1 on a circle of radius 5; moons with noise 0.2, times three, less 1. Models are
 told nothing (`plain`), which moon a point is of (`labels`), or where on the x-axis it lies (`position`). Over several seeds in one program:
 
 - W2 of samples to fresh data after 1, 2, 4 and 100 Euler steps, exact between samples of one size, beside fresh data against fresh data. With labels
