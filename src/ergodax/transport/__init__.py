@@ -1,4 +1,4 @@
-"""Transport between two densities: interpolants, the fields they define, and flows and diffusions that sample with them."""
+"""Transport between densities: interpolants, couplings, Schrödinger bridges, dynamics from snapshots, and flows as densities."""
 
 from .action_matching import (
     ActionBatch as ActionBatch,
