@@ -63,7 +63,7 @@ class Config:
     seeds: int = 10
     tasks: tuple[str, ...] = TASKS
     couplings: tuple[str, ...] = ()  # all of them if empty
-    steps: int = 4000
+    steps: int = 2000
     batch_size: int = 128
     learning_rate: float = 2e-3
     width: int = 64

@@ -75,7 +75,7 @@ class Config:
     methods: tuple[str, ...] = ()  # all of them if empty
     dimensions: int = 50  # leading principal components
     cells: int = 2000  # compared at a time
-    bootstraps: int = 20
+    bootstraps: int = 10
     epsilons: tuple[float, ...] = (1.0, 10.0, 100.0)  # of LightSB, in units of the data squared per gap between the neighbours
     components: int = 50
     sb_steps: int = 2500
