@@ -48,6 +48,22 @@ def test_chain_has_the_moments_of_langevin():
     assert np.all(np.abs(np.cov(draws.T) - covariance) < 4 * error)
 
 
+def test_steps_are_exact_up_to_their_noise():
+    """With one key the noise cancels, so two chains differ by powers of the shrinkage; one step from the centre is noise alone, of variance η."""
+    x, y, u, v = jnp.array([0.7, -0.4]), jnp.array([2.0, 1.0]), jnp.array([0.3, -1.0]), jnp.array([1.2, 0.5])
+    curvature = np.eye(2) + np.asarray(POTENTIAL.matrix)
+    power = np.linalg.matrix_power(np.eye(2) - 0.1 * curvature / EPSILON, 8)
+    plan, once = (EnergyGuidedPlan(POTENTIAL, EPSILON, 0.2, num_steps) for num_steps in (8, 1))
+    advance = jax.jit(lambda key, x, y: plan.advance(key, x, y))
+    start = advance(jax.random.key(0), x, y)
+    np.testing.assert_allclose(advance(jax.random.key(0), x, y + u) - start, power @ u, atol=1e-12)
+    np.testing.assert_allclose(advance(jax.random.key(0), x + v, y) - start, (np.eye(2) - power) @ np.linalg.solve(curvature, v), atol=1e-12)
+    centre = jnp.asarray(np.linalg.solve(curvature, x + np.asarray(POTENTIAL.slope)))
+    step = jax.jit(jax.vmap(lambda key: once.advance(key, x, centre)))
+    noise = step(jax.random.split(jax.random.key(1), 400_000)) - centre
+    assert abs(np.mean(noise**2) / 0.2 - 1) < 4 * np.sqrt(2 / noise.size)
+
+
 def test_gradient_of_the_loss_is_that_of_the_dual():
     """∂F for quadratic f, from the exact moments of the chains after their steps; z-scores over 400 batches."""
     loss = EnergyGuidedLoss(EPSILON, 0.2, 8, start=lambda key, x: jnp.zeros_like(x))
