@@ -1,4 +1,4 @@
-"""What experiments of all families share: many seeds in one program, plain axes, tables in colours."""
+"""What experiments of all families share: many seeds in one program and their intervals, W2 between samples, plain axes, tables in colours."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from ergodax.core.run import Run
 from ergodax.core.space import grid, traced
@@ -32,6 +34,18 @@ def over_seeds(run: Run, label: str, train: Callable, seeds: int, batch_size: in
             progress=lambda done, total: update(done),
         )
     return {name: np.stack([output[name] for output in result.outputs]) for name in result.outputs[0]}
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean and twice its standard error over seeds."""
+    values = np.asarray(values, float)
+    return float(values.mean()), float(2 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
+
+
+def wasserstein(x, y) -> float:
+    """W2 between equally many rows, exact."""
+    cost = cdist(x, y, "sqeuclidean")
+    return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
 
 
 def axes(rows: int = 1, columns: int = 1, width: float = 5.2, height: float = 3.6):

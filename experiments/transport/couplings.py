@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from ergodax import data, nn
@@ -49,7 +48,7 @@ from ergodax.transport import (
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, axes, over_seeds
+from common import ROOT, axes, interval, over_seeds, wasserstein
 
 
 TASKS = ("plain", "labels", "position")
@@ -178,12 +177,6 @@ def train_and_sample(config: Config, task: str, coupling: Callable) -> Callable:
     return one
 
 
-def wasserstein(x, y) -> float:
-    """W2 between two samples of one size."""
-    cost = cdist(x, y, "sqeuclidean")
-    return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
-
-
 def distance(task: str, samples, told, targets, their) -> float:
     """Between samples told a condition and targets with theirs; W2 within the moons, jointly with the position, or plain."""
     if task == "labels":
@@ -245,12 +238,6 @@ def compare(config: Config, run: Run, task: str) -> dict[str, dict]:
 
 
 # What came of it
-
-
-def interval(values) -> tuple[float, float]:
-    """Mean and twice its standard error over seeds."""
-    values = np.asarray(values, float)
-    return float(values.mean()), float(2 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
 
 
 def rows_of(config: Config, task: str, result: dict) -> list[dict]:

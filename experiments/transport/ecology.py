@@ -25,8 +25,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 from ergodax.core.check import check_count, check_range
 from ergodax.core.config import parse
@@ -41,7 +39,7 @@ from ergodax.transport.snapshots import Snapshots
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, axes, over_seeds
+from common import ROOT, axes, interval, over_seeds, wasserstein
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +199,6 @@ def fill_in(config: Config, system: System, reference, rounds: int, refit):
     return train
 
 
-def wasserstein(x, y) -> float:
-    """W2 between equally many rows, exact."""
-    cost = cdist(x, y, "sqeuclidean")
-    return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
-
-
 def distances(x, y) -> dict[str, np.ndarray]:
     """Over leading axes (seeds, times)."""
     pairs = list(np.ndindex(x.shape[:2]))
@@ -246,12 +238,6 @@ def compare(config: Config, run: Run, name: str) -> dict[str, dict]:
 
 
 # What came of it
-
-
-def interval(values) -> tuple[float, float]:
-    """Mean and twice its standard error over seeds."""
-    values = np.asarray(values, float)
-    return float(values.mean()), float(2 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
 
 
 def rows_of(name: str, result: dict) -> list[dict]:
