@@ -4,8 +4,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from .child import xla_flags
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ERGODAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "ergodax"))  # of experiments that tests start
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from tests.child import environment
 
 
 SCRIPT = """
@@ -72,13 +73,11 @@ def start(script, count, folder, *rules, pause=0.0, save_seconds=1000.0):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    base = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_PROCESSES")}
-    base |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
     return [
         subprocess.Popen(
             [sys.executable, str(script), str(folder), str(pause), str(save_seconds), *rules],
-            env=base | job | ({"JAX_PROCESS_ID": str(i)} if job else {}),
+            env=environment() | job | ({"JAX_PROCESS_ID": str(i)} if job else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from tests.child import environment
 
 from ergodax.core import SweepResult
 
@@ -53,11 +54,10 @@ def start(script, count, folder, pause=0.0):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{probe.getsockname()[1]}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
-    base = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
             [sys.executable, str(script), str(folder), str(pause)],
-            env=base | job | ({"JAX_PROCESS_ID": str(i)} if job else {}),
+            env=environment() | job | ({"JAX_PROCESS_ID": str(i)} if job else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from tests.child import environment
 
 from ergodax.distributed import (
     Averaged,
@@ -30,12 +31,8 @@ from ergodax.distributed import (
 )
 
 
-ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_X64": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest: compile time is most of it
-}
+ENVIRONMENT = environment(JAX_ENABLE_X64="1")
+ENVIRONMENT["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 
 def run(script, *args):

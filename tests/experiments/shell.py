@@ -1,10 +1,11 @@
 """What tests of experiments share: a script is started as a user starts it, tiny, and its folder is looked through."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.child import environment
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -12,10 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 def run(script: str, *argv: str, timeout: int = 400) -> subprocess.CompletedProcess:
     """`experiments/SCRIPT --preset smoke ARGV`."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-    environment.pop("XLA_FLAGS", None)  # the scripts set their own number of devices
     command = [sys.executable, str(ROOT / "experiments" / script), "--preset", "smoke", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(COLUMNS="200"))
 
 
 def check_run(script: str, argv: list[str], figures: set[str], folder: Path) -> dict:

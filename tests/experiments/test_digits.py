@@ -1,13 +1,14 @@
 """The main job, tiny: everything it promises is in its folder, and mistakes end with code 2 before anything compiles."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.child import environment
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,10 +19,8 @@ TINY = [
 
 
 def digits(*argv, timeout=300):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-    environment.pop("XLA_FLAGS", None)  # the script sets its own number of devices
     command = [sys.executable, str(ROOT / "experiments" / "digits.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(COLUMNS="200"))
 
 
 @pytest.fixture(scope="module")
