@@ -7,6 +7,7 @@ from .distances import (
     sliced_wasserstein as sliced_wasserstein,
 )
 from .mixture import GaussianMixture as GaussianMixture, MixtureDenoiser as MixtureDenoiser
+from .noisy_quadratic import NoisyQuadratic as NoisyQuadratic
 from .real import Split as Split, digits as digits, mnist as mnist
 from .targets import Funnel as Funnel, ManyWell as ManyWell
 from .toy import (

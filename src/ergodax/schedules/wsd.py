@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ..core.check import check_range, is_concrete
+from ..core.schedule import as_schedule, progress
 from ..core.types import Scalar
 
 
@@ -51,19 +52,14 @@ def linear_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def cosine_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = (1 + cos πu) / 2."""
-    return (1 + jnp.cos(jnp.pi * fraction)) / 2
+    """f(u) = (1 + cos πu) / 2, computed as sin²(π(1 - u)/2), which keeps its digits near the end."""
+    return jnp.sin(jnp.pi / 2 * (1 - fraction)) ** 2
 
 
 def sqrt_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
     """f(u) = 1 - √u. Hägele, Bakouch, Kosson, Ben Allal, von Werra, Jaggi 2024 (arXiv:2405.18392), who find it better than the linear one."""
     started = fraction > 0  # √ has no derivative at 0, where the whole stable stretch sits
     return 1 - jnp.where(started, jnp.sqrt(jnp.where(started, fraction, 1)), 0)
-
-
-def _progress(elapsed: Array, length: Array, without: int) -> Array:
-    """elapsed / length within [0, 1]; `without` where there is no such stretch."""
-    return jnp.where(length > 0, jnp.clip(elapsed / jnp.where(length > 0, length, 1), 0, 1), without)
 
 
 def wsd_schedule(
@@ -104,16 +100,11 @@ def wsd_schedule(
     if is_concrete(lengths) and float(warmup_steps) + float(decay_steps) > float(total_steps) * (1 + 1e-6):  # two shares may round up
         raise ValueError("`warmup_steps` + `decay_steps` must be at most `total_steps`, got {} + {} > {}.".format(*lengths))
 
-    floating = jnp.issubdtype(jnp.result_type(peak), jnp.floating)
-    dtype = jnp.result_type(peak) if floating else jnp.result_type(float)
-    wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)  # bfloat16 cannot count steps
+    def formula(s, top, end, warm, decay, total):
+        share = cooldown(progress(s - (total - decay), decay, 0))
+        return progress(s, warm, 1) * (top * share + end * (1 - share))
 
-    def schedule(step):
-        s, top, end, warm, decay, total = (jnp.asarray(x, wide) for x in (step, peak, end_value, *lengths))
-        share = cooldown(_progress(s - (total - decay), decay, 0))
-        return (_progress(s, warm, 1) * (top * share + end * (1 - share))).astype(dtype)
-
-    return schedule
+    return as_schedule(peak, formula, peak, end_value, *lengths)
 
 
 __all__ = ["Cooldown", "cosine_cooldown", "exponential_cooldown", "linear_cooldown", "sqrt_cooldown", "wsd_schedule"]
