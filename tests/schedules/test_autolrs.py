@@ -5,14 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ergodax.schedules.autolrs import (
-    RateSearch,
-    autolrs_stage,
-    gaussian_process,
-    stage_lengths,
-    stages_schedule,
-    train_autolrs,
-)
+from ergodax.schedules import RateSearch, autolrs_stage, gaussian_process, stage_lengths, stages_schedule, train_autolrs
 
 
 def test_gaussian_process():

@@ -6,21 +6,21 @@ import numpy as np
 import optax
 import pytest
 
-from ergodax.schedules.classical import (
+from ergodax.schedules import (
+    budget_aware_schedule,
     cosine_schedule,
     decay_schedule,
+    hybrid_schedule,
     inverse_sqrt_schedule,
+    linear_cooldown,
     linear_schedule,
     one_cycle_schedule,
     piecewise_schedule,
     polynomial_cooldown,
+    rex_schedule,
     step_schedule,
+    wsd_s_schedule,
 )
-from ergodax.schedules.rex import rex_schedule
-from ergodax.schedules.stablelm2_hybrid_lr import hybrid_schedule
-from ergodax.schedules.uba_schedule import budget_aware_schedule
-from ergodax.schedules.wsd import linear_cooldown
-from ergodax.schedules.wsd_s import wsd_s_schedule
 
 
 STEPS = jnp.arange(230.0)  # the runs have 200 updates

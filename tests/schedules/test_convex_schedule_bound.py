@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from ergodax.schedules import linear_cooldown, wsd_schedule
-from ergodax.schedules.convex_schedule_bound import ConvexScheduleBound, matching_parameter, optimise_schedule
+from ergodax.schedules import ConvexScheduleBound, linear_cooldown, matching_parameter, optimise_schedule, wsd_schedule
 
 
 UNIT = ConvexScheduleBound()

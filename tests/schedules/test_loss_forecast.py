@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import UnivariateSpline
 
-from ergodax.schedules.loss_forecast import fit_exponential, forecast_loss, forecast_validation_loss, kept_points, parabola
+from ergodax.schedules import fit_exponential, forecast_loss, forecast_validation_loss, kept_points, parabola
 
 
 def noisy(key, a, b, c, n=100):

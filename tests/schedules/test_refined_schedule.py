@@ -8,16 +8,16 @@ import pytest
 from scipy.ndimage import median_filter
 
 from ergodax.core import Fit
-from ergodax.schedules.convex_schedule_bound import ConvexScheduleBound
-from ergodax.schedules.refined_schedule import (
+from ergodax.schedules import (
+    ConvexScheduleBound,
     averaging_bound,
     l1_norm,
     last_iterate_rates,
     median_filtered,
     record_gradient_norms,
     refined_rates,
+    tabulated_schedule,
 )
-from ergodax.schedules.tabulated import tabulated_schedule
 
 
 def test_constant_weights_are_linear_decay():

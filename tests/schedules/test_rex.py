@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ergodax.data.noisy_quadratic import NoisyQuadratic
-from ergodax.schedules.classical import cosine_schedule, linear_schedule, step_schedule
-from ergodax.schedules.rex import rex_cooldown, rex_schedule
-from ergodax.schedules.wrappers import sampled
+from ergodax.data import NoisyQuadratic
+from ergodax.schedules import cosine_schedule, linear_schedule, rex_cooldown, rex_schedule, sampled, step_schedule
 
 from .tuned import best_peak
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ergodax.schedules.stablelm2_hybrid_lr import hybrid_schedule
+from ergodax.schedules import hybrid_schedule
 
 
 N, M, LOW = 540_000, 1e-3, 1e-4

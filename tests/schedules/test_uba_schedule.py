@@ -6,10 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ergodax.data.noisy_quadratic import NoisyQuadratic
-from ergodax.schedules.classical import cosine_schedule, linear_schedule, step_schedule
-from ergodax.schedules.uba_schedule import budget_aware_cooldown, budget_aware_schedule
-from ergodax.schedules.wrappers import cycled
+from ergodax.data import NoisyQuadratic
+from ergodax.schedules import budget_aware_cooldown, budget_aware_schedule, cosine_schedule, cycled, linear_schedule, step_schedule
 
 from .tuned import best_peak
 

@@ -6,8 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ergodax.schedules.classical import cosine_schedule, linear_schedule
-from ergodax.schedules.wrappers import cycled, sampled, warmed_up
+from ergodax.schedules import cosine_schedule, cycled, linear_schedule, sampled, warmed_up
 
 
 STEPS = jnp.arange(120.0)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ergodax.data.noisy_quadratic import NoisyQuadratic
+from ergodax.data import NoisyQuadratic
 from ergodax.schedules import cosine_cooldown, exponential_cooldown, linear_cooldown, sqrt_cooldown, wsd_schedule
 
 from .tuned import best_peak

@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ergodax.data.noisy_quadratic import NoisyQuadratic
-from ergodax.schedules.classical import cosine_schedule
-from ergodax.schedules.wrappers import cycled
-from ergodax.schedules.wsd import linear_cooldown, wsd_schedule
-from ergodax.schedules.wsd_s import reciprocal_cooldown, wsd_s_schedule
+from ergodax.data import NoisyQuadratic
+from ergodax.schedules import cosine_schedule, cycled, linear_cooldown, reciprocal_cooldown, wsd_s_schedule, wsd_schedule
 
 
 BUDGETS = jnp.array([2000, 4000, 8000])

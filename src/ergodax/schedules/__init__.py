@@ -1,5 +1,17 @@
 """Learning-rate and other schedules, as `optax.Schedule`: `step -> value`. Horizons, rates and shapes may be traced and swept."""
 
+from .autolrs import (
+    Forecast as Forecast,
+    Probes as Probes,
+    RateSearch as RateSearch,
+    Stage as Stage,
+    Train as Train,
+    autolrs_stage as autolrs_stage,
+    gaussian_process as gaussian_process,
+    stage_lengths as stage_lengths,
+    stages_schedule as stages_schedule,
+    train_autolrs as train_autolrs,
+)
 from .classical import (
     cosine_schedule as cosine_schedule,
     decay_schedule as decay_schedule,
@@ -15,6 +27,13 @@ from .convex_schedule_bound import (
     TunedBound as TunedBound,
     matching_parameter as matching_parameter,
     optimise_schedule as optimise_schedule,
+)
+from .loss_forecast import (
+    fit_exponential as fit_exponential,
+    forecast_loss as forecast_loss,
+    forecast_validation_loss as forecast_validation_loss,
+    kept_points as kept_points,
+    parabola as parabola,
 )
 from .refined_schedule import (
     RecordedNorms as RecordedNorms,

@@ -12,7 +12,8 @@ find that cooling down over a tenth of the run is enough. Before T the rate does
 or trained on: the whole curve of loss against data comes from one run.
 
 Here the run's length is the argument, as in optax's schedules: T = `total_steps` - `decay_steps`. A cooldown is any function of the fraction of
-itself that is done, with f(0) = 1, and is passed as an object. The rest of the paper (μP scaling, batch-size and scaling laws) is not here.
+itself that is done, with f(0) = 1, and is passed as an object. The paper's scaling law and batch-size law are `laws.AdditiveSurface` and
+`laws.batch_size_of_loss`; its μP scaling is not here.
 """
 
 from collections.abc import Callable
