@@ -1,6 +1,22 @@
 """Rows of `ergodax.distributed`."""
 
-from ergodax.distributed import Averaged, Fragmented, Replicated, Vocabulary, ZeroFlat, ZeroPerLeaf, split_atoms, union_fragments
+import jax
+import jax.numpy as jnp
+
+from ergodax.distributed import (
+    Averaged,
+    Fragmented,
+    Replicated,
+    Vocabulary,
+    ZeroFlat,
+    ZeroPerLeaf,
+    fedhyper_client,
+    fedhyper_global_momentum,
+    fedhyper_server_local,
+    local_rate,
+    split_atoms,
+    union_fragments,
+)
 from ergodax.testing import Plug
 
 from .shared import BATCHES
@@ -15,6 +31,39 @@ def universal_checkpoint(hyper, x, key):
     return {"ranks": ranks, "vectors": vectors, "atoms": union_fragments(drifted, table), "leaves": ZeroPerLeaf().union(vectors[1], shapes)}
 
 
+def fedhyper_(hyper, x, key):
+    """Three rounds of two clients with three local steps each: weights, rates of server and clients."""
+    h = {name: value.astype(x.dtype) for name, value in hyper.items()}
+    server = fedhyper_global_momentum(decay=h["decay"], high=h["high"])
+    scaler = fedhyper_client(h["num_clients"], global_weight=h["global_weight"], growth=h["growth"])
+    centres = jnp.array([[0.5, 0.0], [0.0, -0.5]], x.dtype)
+
+    def local(w, last, centre):
+        def step(carry, _):
+            z, state = carry
+            updates, state = scaler.update(-0.1 * (z - centre), state, global_update=last)
+            return (z + updates, state), None
+
+        (z, state), _ = jax.lax.scan(step, (w, scaler.init(w)), length=3)
+        return z - w, state.scale
+
+    def one(carry, _):
+        w, state, last = carry
+        changes, scales = jax.vmap(local, (None, None, 0))(w, last, centres)
+        mean = changes.mean(axis=0)
+        updates, state = server.update(mean, state)
+        return (w + updates, state, mean), scales
+
+    (w, state, mean), scales = jax.lax.scan(one, (x, server.init(x), jnp.zeros_like(x)), length=3)
+    listed = fedhyper_server_local()
+    return w, state, scales, local_rate(listed.update(mean, listed.init(x))[1], 0.01)
+
+
 ROWS = {
     "universal_checkpoint": Plug(universal_checkpoint, BATCHES),
+    "fedhyper": Plug(
+        fedhyper_,
+        2 + jax.random.normal(jax.random.key(0), (4, 2)),
+        hyper={"decay": (0.9, 0.5), "high": (1.5, 1.2), "num_clients": (2.0, 5.0), "global_weight": (0.1, 0.9), "growth": (1.02, 1.5)},
+    ),
 }

@@ -1,5 +1,16 @@
-"""State of distributed training: checkpoints that load on any mesh, and the patterns that make them from hand-made shards."""
+"""Distributed training: rates of federated learning, and checkpoints that load on any mesh, also from hand-made shards."""
 
+from .fedhyper import (
+    ClientState as ClientState,
+    InnerProduct as InnerProduct,
+    ServerState as ServerState,
+    fedhyper_client as fedhyper_client,
+    fedhyper_global as fedhyper_global,
+    fedhyper_global_momentum as fedhyper_global_momentum,
+    fedhyper_server_local as fedhyper_server_local,
+    inner_product as inner_product,
+    local_rate as local_rate,
+)
 from .fragments import (
     Averaged as Averaged,
     Fragmented as Fragmented,
