@@ -2,8 +2,8 @@
 
 import itertools
 
-from . import diffusion, distributed, schedules, transport, tuning
+from . import diffusion, distributed, laws, optim, schedules, transport, tuning, weights
 
 
-ROOMS = (diffusion, distributed, schedules, transport, tuning)
+ROOMS = (diffusion, distributed, laws, optim, schedules, transport, tuning, weights)
 LAWS = dict(itertools.chain.from_iterable(room.ROWS.items() for room in ROOMS))
