@@ -13,16 +13,19 @@ if TYPE_CHECKING:
         data as data,
         diffusion as diffusion,
         distributed as distributed,
+        laws as laws,
         nn as nn,
+        optim as optim,
         schedules as schedules,
         testing as testing,
         transport as transport,
         tuning as tuning,
+        weights as weights,
     )
 
 __version__ = "0.1.0"
 
-__all__ = ["core", "data", "diffusion", "distributed", "nn", "schedules", "testing", "transport", "tuning"]
+__all__ = ["core", "data", "diffusion", "distributed", "laws", "nn", "optim", "schedules", "testing", "transport", "tuning", "weights"]
 
 
 def __getattr__(name: str):
