@@ -7,21 +7,19 @@ import numpy as np
 import pytest
 
 from ergodax.data import NoisyQuadratic
+from ergodax.schedules import cosine_cooldown, linear_cooldown, sqrt_cooldown
 from ergodax.weights import (
     WSM,
-    cosine_decay,
     decay_to_merge,
     inverse_sqrt_decay,
-    linear_decay,
     merge,
     merge_coefficients,
     merge_stacked,
     merge_to_decay,
-    sqrt_decay,
 )
 
 
-DECAYS = {"linear": linear_decay, "sqrt": sqrt_decay, "cosine": cosine_decay, "inverse sqrt": inverse_sqrt_decay(3.0)}
+DECAYS = {"linear": linear_cooldown, "sqrt": sqrt_cooldown, "cosine": cosine_cooldown, "inverse sqrt": inverse_sqrt_decay(3.0)}
 
 
 def test_round_trip():
@@ -109,7 +107,7 @@ def test_sums_in_float32():
     assert turn["w"] == 1.5 + 0.5j
 
 
-@pytest.mark.parametrize("decay", [linear_decay, sqrt_decay])
+@pytest.mark.parametrize("decay", [linear_cooldown, sqrt_cooldown])
 def test_ring_equals_list(decay):
     """After every number of stored checkpoints, full or not, inside one scan that stores every other step."""
     rule = WSM(3, decay)
@@ -184,7 +182,7 @@ def test_noisy_quadratic(peak, against_decay, against_constant):
         (lambda: merge([{"a": jnp.ones(2)}], jnp.ones(2)), r"one entry for each of 1 checkpoints .* got \(2,\)"),
         (lambda: merge([{"a": jnp.ones(2)}, {"a": jnp.ones(3)}], jnp.ones(2)), "checkpoint 0 does not fit"),
         (lambda: merge_stacked({"a": jnp.ones((3, 2))}, jnp.ones(2)), r"got shape \(2,\) for first axes \[\(3,\)\]"),
-        (lambda: merge_coefficients(linear_decay, 3, 4), r"`count` must lie in \[1, 3\], got 4"),
+        (lambda: merge_coefficients(linear_cooldown, 3, 4), r"`count` must lie in \[1, 3\], got 4"),
         (lambda: merge_to_decay(jnp.ones(1)), r"`coefficients` must be a vector of at least 2 entries, got shape \(1,\)"),
         (lambda: inverse_sqrt_decay(-1.0), r"`ratio` must lie in .* got -1"),
     ],

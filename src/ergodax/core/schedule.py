@@ -1,4 +1,4 @@
-"""What all schedules share: the fraction of a stretch that is done, and the dtypes they count and answer in."""
+"""What all schedules share: the shapes of cooldowns, the fraction of a stretch that is done, and the dtypes they count and answer in."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Real
+from jaxtyping import Array, Float, Real
 
 from .check import is_concrete
 from .types import Scalar
 
+
+#: The shape of a cooldown: fraction done, in [0, 1] -> share of the rate that is left, with f(0) = 1.
+Cooldown = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 #: A vector of steps or rates that a user may sweep: an array, or a sequence of numbers or traced scalars.
 Vector = Real[Array, "..."] | Real[np.ndarray, "..."] | tuple | list
@@ -43,4 +46,20 @@ def as_schedule(peak: Any, formula: Callable[..., Array], *numbers: Any) -> opta
     return schedule
 
 
-__all__ = ["Vector", "as_schedule", "as_vector", "progress"]
+def linear_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
+    """f(u) = 1 - u."""
+    return 1 - fraction
+
+
+def cosine_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
+    """f(u) = (1 + cos πu) / 2, computed as sin²(π(1 - u)/2), which keeps its digits near the end."""
+    return jnp.sin(jnp.pi / 2 * (1 - fraction)) ** 2
+
+
+def sqrt_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
+    """f(u) = 1 - √u. Hägele, Bakouch, Kosson, Ben Allal, von Werra, Jaggi 2024 (arXiv:2405.18392), who find it better than the linear one."""
+    started = fraction > 0  # √ has no derivative at 0, where the whole stable stretch sits
+    return 1 - jnp.where(started, jnp.sqrt(jnp.where(started, fraction, 1)), 0)
+
+
+__all__ = ["Cooldown", "Vector", "as_schedule", "as_vector", "cosine_cooldown", "linear_cooldown", "progress", "sqrt_cooldown"]

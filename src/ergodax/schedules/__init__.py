@@ -1,5 +1,11 @@
 """Learning-rate and other schedules, as `optax.Schedule`: `step -> value`. Horizons, rates and shapes may be traced and swept."""
 
+from ..core.schedule import (
+    Cooldown as Cooldown,
+    cosine_cooldown as cosine_cooldown,
+    linear_cooldown as linear_cooldown,
+    sqrt_cooldown as sqrt_cooldown,
+)
 from .autolrs import (
     Forecast as Forecast,
     Probes as Probes,
@@ -49,12 +55,5 @@ from .stablelm2_hybrid_lr import hybrid_schedule as hybrid_schedule
 from .tabulated import tabulated_schedule as tabulated_schedule
 from .uba_schedule import budget_aware_cooldown as budget_aware_cooldown, budget_aware_schedule as budget_aware_schedule
 from .wrappers import cycled as cycled, sampled as sampled, warmed_up as warmed_up
-from .wsd import (
-    Cooldown as Cooldown,
-    cosine_cooldown as cosine_cooldown,
-    exponential_cooldown as exponential_cooldown,
-    linear_cooldown as linear_cooldown,
-    sqrt_cooldown as sqrt_cooldown,
-    wsd_schedule as wsd_schedule,
-)
+from .wsd import exponential_cooldown as exponential_cooldown, wsd_schedule as wsd_schedule
 from .wsd_s import reciprocal_cooldown as reciprocal_cooldown, wsd_s_schedule as wsd_s_schedule

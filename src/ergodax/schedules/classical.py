@@ -11,9 +11,8 @@ import numpy as np
 import optax
 
 from ..core.check import check_range, is_concrete
-from ..core.schedule import Vector, as_schedule, as_vector, progress
+from ..core.schedule import Cooldown, Vector, as_schedule, as_vector, cosine_cooldown, linear_cooldown, progress
 from ..core.types import Scalar
-from .wsd import Cooldown, cosine_cooldown, linear_cooldown
 
 
 def polynomial_cooldown(power: Scalar) -> Cooldown:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import optax
 
 from ..core.check import check_range
+from ..core.schedule import Cooldown, cosine_cooldown
 from ..core.types import Scalar
 from .classical import decay_schedule
-from .wsd import Cooldown, cosine_cooldown
 
 
 def budget_aware_cooldown(phi: Scalar) -> Cooldown:

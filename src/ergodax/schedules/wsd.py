@@ -16,19 +16,12 @@ itself that is done, with f(0) = 1, and is passed as an object. The paper's scal
 `laws.batch_size_of_loss`; its μP scaling is not here.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from ..core.check import check_range, is_concrete
-from ..core.schedule import as_schedule, progress
+from ..core.schedule import Cooldown, as_schedule, progress
 from ..core.types import Scalar
-
-
-#: The shape of a cooldown: fraction done, in [0, 1] -> share of the rate that is left, with f(0) = 1.
-Cooldown = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
 def exponential_cooldown(half_life: Scalar = 0.3) -> Cooldown:
@@ -45,22 +38,6 @@ def exponential_cooldown(half_life: Scalar = 0.3) -> Cooldown:
         return jnp.exp2(-fraction / jnp.asarray(half_life, fraction.dtype))
 
     return cooldown
-
-
-def linear_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = 1 - u."""
-    return 1 - fraction
-
-
-def cosine_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = (1 + cos πu) / 2, computed as sin²(π(1 - u)/2), which keeps its digits near the end."""
-    return jnp.sin(jnp.pi / 2 * (1 - fraction)) ** 2
-
-
-def sqrt_cooldown(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = 1 - √u. Hägele, Bakouch, Kosson, Ben Allal, von Werra, Jaggi 2024 (arXiv:2405.18392), who find it better than the linear one."""
-    started = fraction > 0  # √ has no derivative at 0, where the whole stable stretch sits
-    return 1 - jnp.where(started, jnp.sqrt(jnp.where(started, fraction, 1)), 0)
 
 
 def wsd_schedule(
@@ -108,4 +85,4 @@ def wsd_schedule(
     return as_schedule(peak, formula, peak, end_value, *lengths)
 
 
-__all__ = ["Cooldown", "cosine_cooldown", "exponential_cooldown", "linear_cooldown", "sqrt_cooldown", "wsd_schedule"]
+__all__ = ["exponential_cooldown", "wsd_schedule"]

@@ -19,9 +19,8 @@ import numpy as np
 import optax
 
 from ..core.check import check_range, is_concrete
-from ..core.schedule import Vector, as_schedule, as_vector, progress
+from ..core.schedule import Cooldown, Vector, as_schedule, as_vector, progress
 from ..core.types import Scalar
-from .wsd import Cooldown
 
 
 def reciprocal_cooldown(end_share: Scalar = 0.1) -> Cooldown:

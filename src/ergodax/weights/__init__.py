@@ -2,15 +2,11 @@
 
 from .wsm import (
     WSM as WSM,
-    Decay as Decay,
     RingState as RingState,
-    cosine_decay as cosine_decay,
     decay_to_merge as decay_to_merge,
     inverse_sqrt_decay as inverse_sqrt_decay,
-    linear_decay as linear_decay,
     merge as merge,
     merge_coefficients as merge_coefficients,
     merge_stacked as merge_stacked,
     merge_to_decay as merge_to_decay,
-    sqrt_decay as sqrt_decay,
 )

@@ -19,7 +19,7 @@ A decay is a function of the fraction u = i / (k + 1) of the window that is done
 square root of the classical schedule needs a time scale, which the paper leaves open: it is an argument here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -28,29 +28,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..core.check import check_count, check_range
+from ..core.schedule import Cooldown, linear_cooldown
 from ..core.types import PyTree, Scalar
 
 
-#: The shape of a decay: fraction done, in [0, 1] -> share of the rate that is left, with f(0) = 1 and not increasing.
-Decay = Callable[[Float[Array, "..."]], Float[Array, "..."]]
-
-
-def linear_decay(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = 1 - u: the uniform mean of the checkpoints."""
-    return 1 - fraction
-
-
-def sqrt_decay(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = 1 - √u: the first and the last checkpoints weigh most."""
-    return 1 - jnp.sqrt(fraction)
-
-
-def cosine_decay(fraction: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f(u) = (1 + cos πu) / 2: the middle of the window weighs most."""
-    return (1 + jnp.cos(jnp.pi * fraction)) / 2
-
-
-def inverse_sqrt_decay(ratio: Scalar = 99.0) -> Decay:
+def inverse_sqrt_decay(ratio: Scalar = 99.0) -> Cooldown:
     """f(u) = 1 / √(1 + ratio · u), the inverse square root of the time since the schedule began.
 
     - `ratio`: length of the window / time before it. The default 99 is ours; it ends at a tenth of the rate, which the last checkpoint then weighs
@@ -78,7 +60,7 @@ def decay_to_merge(weights: Float[Array, " k"]) -> Float[Array, " k+1"]:
     return jnp.concatenate([1 - weights[:1], weights[:-1] - weights[1:], weights[-1:]])
 
 
-def merge_coefficients(decay: Decay, num_checkpoints: int, count: Int[Array, ""] | int | None = None) -> Float[Array, " num_checkpoints"]:
+def merge_coefficients(decay: Cooldown, num_checkpoints: int, count: Int[Array, ""] | int | None = None) -> Float[Array, " num_checkpoints"]:
     """c of `decay` for a window of checkpoints, oldest first.
 
     - `num_checkpoints`: k + 1.
@@ -141,14 +123,14 @@ class WSM(eqx.Module):
     """The last checkpoints of a run, kept on the device, and their merge.
 
     - `num_checkpoints`: k + 1, the size of the ring; its memory is that many copies of the weights.
-    - `decay`: what the merge stands for, default `linear_decay` (the uniform mean).
+    - `decay`: what the merge stands for, default linear (the uniform mean).
 
     Pure functions of a state that is a pytree of arrays: they go through `jit`, `scan`, `vmap` and a checkpoint. Raises `ValueError` if
     `num_checkpoints` is not a positive integer.
     """
 
     num_checkpoints: int = eqx.field(static=True)
-    decay: Decay = linear_decay
+    decay: Cooldown = linear_cooldown
 
     def __check_init__(self):
         check_count("num_checkpoints", self.num_checkpoints)
@@ -197,15 +179,11 @@ def _check_vector(name: str, values: Any, low: int) -> None:
 
 __all__ = [
     "WSM",
-    "Decay",
     "RingState",
-    "cosine_decay",
     "decay_to_merge",
     "inverse_sqrt_decay",
-    "linear_decay",
     "merge",
     "merge_coefficients",
     "merge_stacked",
     "merge_to_decay",
-    "sqrt_decay",
 ]
