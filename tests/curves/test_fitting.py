@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 from jax.sharding import Mesh, PartitionSpec
 
-from ergodax.laws.fitting import bands, bootstrap, fit_law, huber, huber_log, squared, squared_log, stack_laws
+from ergodax.laws import bands, bootstrap, fit_law, huber, huber_log, squared, squared_log, stack_laws
 
 
 class Decay(eqx.Module):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from ergodax.data import digits
-from ergodax.laws import OffsetPowerLaw, data_efficiency, ensemble_losses, fit_nested_asymptotes
-from ergodax.laws.fitting import fit_law, squared
+from ergodax.laws import OffsetPowerLaw, data_efficiency, ensemble_losses, fit_law, fit_nested_asymptotes, squared
 
 
 MEMBERS = jnp.array([1.0, 2.0, 3.0, 4.0, 6.0, 8.0])

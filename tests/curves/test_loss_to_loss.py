@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ergodax.laws import CompoundSurface, LossToLoss, OffsetPowerLaw, fit_loss_to_loss, fit_surface
-from ergodax.laws.fitting import fit_law, squared
+from ergodax.laws import CompoundSurface, LossToLoss, OffsetPowerLaw, fit_law, fit_loss_to_loss, fit_surface, squared
 
 
 FIRST, SECOND = CompoundSurface.of(1.7, 3e8, 0.35, 6e9, 0.42), CompoundSurface.of(1.1, 5e8, 0.3, 2e9, 0.5)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from ergodax.laws import AdditiveSurface, CompoundSurface, OffsetPowerLaw, PowerLaw, batch_size_of_loss
-from ergodax.laws.fitting import fit_law, squared_log
+from ergodax.laws import AdditiveSurface, CompoundSurface, OffsetPowerLaw, PowerLaw, batch_size_of_loss, fit_law, squared_log
 
 
 ADDITIVE = (1.69, 406.4, 0.34, 410.7, 0.28)  # of the order of Hoffmann et al.

@@ -6,8 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from ergodax.laws import BatchTokens, PowerLaw, adamw_timescale, average_weights, optimal_weight_decay, sweep_optimum, weight_decay
-from ergodax.laws.fitting import fit_law, squared_log
+from ergodax.laws import (
+    BatchTokens,
+    PowerLaw,
+    adamw_timescale,
+    average_weights,
+    fit_law,
+    optimal_weight_decay,
+    squared_log,
+    sweep_optimum,
+    weight_decay,
+)
 
 
 def test_adamw_is_a_moving_average_of_its_updates():

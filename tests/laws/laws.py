@@ -4,16 +4,23 @@ import jax.numpy as jnp
 
 from ergodax.laws import (
     AdditiveSurface,
+    AnnealingLaw,
     BatchTokens,
+    LossCurve,
+    MultiPowerLaw,
     OffsetPowerLaw,
     PowerLaw,
     average_weights,
     data_efficiency,
     ensemble_losses,
+    fit_annealing_law,
     fit_loss_to_loss,
     optimal_weight_decay,
+    rate_history,
 )
 from ergodax.testing import Plug
+
+from .shared import POINTS
 
 
 def power_lines_(hyper, x, key):
@@ -40,6 +47,23 @@ def infinite_compute_asymptote_(hyper, x, key):
     return losses, data_efficiency(OffsetPowerLaw.of(hyper["floor"], 30.0, hyper["exponent"]), losses, 100)
 
 
+def lr_annealing_law_(hyper, x, key):
+    at = jnp.arange(2, 12)
+    rates = jnp.stack([jnp.ones_like(x[0]) * jnp.ones(12, x.dtype), jnp.linspace(1.0, 0.1, 12, dtype=x.dtype)])
+    histories = [rate_history(row, at) for row in rates]
+    true = AnnealingLaw.of(2 + x[0] ** 2, 1.0, hyper["exponent"], hyper["annealing"], hyper["momentum"])
+    losses = true(histories).reshape(2, -1)
+    curves = [LossCurve(history, row) for history, row in zip(histories, losses)]
+    law = fit_annealing_law(curves, momentum=hyper["momentum"], max_steps=30).law
+    return true(histories), law(histories)
+
+
+def multi_power_law_(hyper, x, key):
+    rates = jnp.exp(-0.1 * jnp.arange(12, dtype=x.dtype) * (1 + x[0] ** 2))
+    law = MultiPowerLaw.of(2.0, hyper["coefficient"], hyper["exponent"], hyper["drop"], hyper["scale"], hyper["power"], hyper["rate_power"])
+    return law([rate_history(rates, jnp.arange(2, 12))])
+
+
 ROWS = {
     "power_lines": Plug(
         power_lines_,
@@ -55,5 +79,11 @@ ROWS = {
         infinite_compute_asymptote_,
         jnp.arange(24.0).reshape(2, 4, 3) % 7 / 10,
         {"truth": (0.3, 0.5), "floor": (2.0, 2.5), "exponent": (0.5, 0.4)},
+    ),
+    "lr_annealing_law": Plug(lr_annealing_law_, POINTS, {"exponent": (0.5, 0.4), "annealing": (0.1, 0.2), "momentum": (0.9, 0.8)}),
+    "multi_power_law": Plug(
+        multi_power_law_,
+        POINTS,
+        {"coefficient": (1.0, 0.5), "exponent": (0.5, 0.4), "drop": (0.3, 0.2), "scale": (1.0, 2.0), "power": (0.5, 0.6), "rate_power": (0.5, 0.3)},
     ),
 }

@@ -104,6 +104,7 @@ from ergodax.transport import (
     SourceLoss,
     SpherePath,
     StandardNormal,
+    StandardUniform,
     StochasticNormalizingFlow,
     TerminalTransition,
     TOFlow,
@@ -129,7 +130,6 @@ from ergodax.transport import (
     transported_sample,
     upsample,
 )
-from ergodax.transport.bijection import StandardUniform
 
 from .shared import BATCHES, NETWORK, POINTS, two_clusters
 
