@@ -260,3 +260,12 @@ def test_mistakes():
         BlockSequence(())
     with pytest.raises(ValueError, match="`num_paths` must be an integer"):
         PathKLLoss(TARGET.log_prob, 0)
+
+
+@pytest.mark.parametrize("loss", [PathKLLoss(WELL.log_prob, 2), PathLikelihoodLoss(WELL.log_prob)])
+def test_losses_leave_the_base_alone(loss):
+    base = GaussianMixture.isotropic(jnp.array([0.4, 0.6]), jnp.array([[1.0, 0.0], [-1.0, 0.5]]), 1.0)
+    flow = StochasticNormalizingFlow(LangevinBlock(jnp.asarray(-1.0), jnp.asarray(0.5)), base)
+    gradient = eqx.filter_jit(eqx.filter_grad(lambda flow: loss(flow, jnp.ones((2, 2)), jax.random.key(0))[0]))(flow)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient.base))
+    assert gradient.block.log_step_size != 0

@@ -32,6 +32,7 @@ from .bijection import (
     Flow as Flow,
     Inverted as Inverted,
     StandardNormal as StandardNormal,
+    StandardUniform as StandardUniform,
 )
 from .bridge_solvers import (
     Bridge as Bridge,

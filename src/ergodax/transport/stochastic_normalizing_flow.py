@@ -38,7 +38,8 @@ class StochasticNormalizingFlow(eqx.Module):
     """Blocks on a base density, for one example; `vmap` over keys or points for many.
 
     - `block`: a `PathBlock`, mostly a `BlockSequence` or `ScannedBlocks`.
-    - `base`: any object with `sample(key) -> z` and `log_prob(z) -> scalar`, normalised, such as `StandardNormal`.
+    - `base`: any object with `sample(key) -> z` and `log_prob(z) -> scalar`, normalised, such as `StandardNormal`. The losses below do not
+      train it: a step on the weights of a mixture, say, would leave it unnormalised.
     - `densities`: `(base log-density, target log-density) -> ((share, x) -> log p_λ(x))`, default `GeometricDensities`.
 
     The target is an argument, not a field: `log_target` is `x -> log p_X(x)`, up to a number, and is not trained with the flow.
@@ -61,6 +62,11 @@ class StochasticNormalizingFlow(eqx.Module):
         return self.base.log_prob(z) + change
 
 
+def _with_fixed_base(model: StochasticNormalizingFlow) -> StochasticNormalizingFlow:
+    fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, model.base)
+    return eqx.tree_at(lambda model: model.base, model, fixed)
+
+
 class PathKLLoss(eqx.Module):
     """`loss(model, batch, key) -> (scalar, {})`: J_KL = -E[log w] over `num_paths` (static) paths of a flow. `batch` is not read."""
 
@@ -72,6 +78,7 @@ class PathKLLoss(eqx.Module):
 
     def __call__(self, model: StochasticNormalizingFlow, batch: PyTree, key: PRNGKey) -> tuple[Float[Array, ""], dict]:
         """The loss."""
+        model = _with_fixed_base(model)
         samples = jax.vmap(lambda key: model.sample(key, self.log_target))(jax.random.split(key, self.num_paths))
         return -jnp.mean(samples.log_weight), {}
 
@@ -86,7 +93,7 @@ class PathLikelihoodLoss(eqx.Module):
 
     def __call__(self, model: StochasticNormalizingFlow, batch: Float[Array, "n *x"], key: PRNGKey) -> tuple[Float[Array, ""], dict]:
         """The loss."""
-        keys = jax.random.split(key, batch.shape[0])
+        model, keys = _with_fixed_base(model), jax.random.split(key, batch.shape[0])
         return -jnp.mean(jax.vmap(lambda key, x: model.path_log_prob(key, x, self.log_target))(keys, batch)), {}
 
 
