@@ -36,10 +36,18 @@ from ergodax.core.check import check_count, check_range
 from ergodax.core.config import UsageError, parse, quit_with
 from ergodax.core.report import Report
 from ergodax.core.run import Run
-from ergodax.schedules import cosine_cooldown, linear_cooldown, sqrt_cooldown, wsd_schedule
-from ergodax.schedules.convex_schedule_bound import ConvexScheduleBound
-from ergodax.schedules.refined_schedule import l1_norm, median_filtered, record_gradient_norms, refined_rates
-from ergodax.schedules.tabulated import tabulated_schedule
+from ergodax.schedules import (
+    ConvexScheduleBound,
+    cosine_cooldown,
+    l1_norm,
+    linear_cooldown,
+    median_filtered,
+    record_gradient_norms,
+    refined_rates,
+    sqrt_cooldown,
+    tabulated_schedule,
+    wsd_schedule,
+)
 
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))

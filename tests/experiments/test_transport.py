@@ -34,6 +34,12 @@ def test_eot_benchmark(tmp_path):
     assert [row["method"] for row in metrics["pairs"]] == ["LightSB", "energy-guided potential"]
 
 
+def test_samplers(tmp_path):
+    metrics = check_run("transport/samplers.py", [], {"scores", "samples"}, tmp_path / "run")
+    assert [row["method"] for row in metrics["samplers"]] == ["exact", "SMC", "RealNVP"]
+    assert all(np.isfinite(row["log Z error"]) and 0 < row["gradients"] <= 3000 for row in metrics["samplers"][1:])
+
+
 @pytest.mark.parametrize(
     ("name", "argv", "message"),
     [
@@ -41,6 +47,7 @@ def test_eot_benchmark(tmp_path):
         ("single_cell", ["--data", "nowhere.npz"], "no data at nowhere.npz: give the file cite_pca50.npz by --data,"),
         ("ecology", ["--systems", "SIR"], "`systems` must be some of Lotka-Volterra, repressilator, got SIR."),
         ("ecology", ["--steps", "5"], "`steps` must be even, so that half-way lies on the grid, got 5."),
+        ("samplers", ["--methods", "HMC"], "unknown `methods` HMC; there are NUTS, SMC, mixed flow, RealNVP, Langevin, SNF, smooth flow."),
         ("eot_benchmark", ["--epsilons", "0.0"], "`epsilons` must lie in (0, inf)"),
         ("eot_benchmark", ["--torch-python", "no/such/python"], "`torch_python` no/such/python is no program."),
     ],
