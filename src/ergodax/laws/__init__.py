@@ -36,7 +36,13 @@ from .loss_to_loss import (
     fit_loss_to_loss as fit_loss_to_loss,
     fit_surface as fit_surface,
 )
-from .lr_annealing_law import AnnealingLaw as AnnealingLaw, annealing_area as annealing_area, fit_annealing_law as fit_annealing_law
+from .lr_annealing_law import (
+    AnnealingLaw as AnnealingLaw,
+    SizedAnnealingLaw as SizedAnnealingLaw,
+    annealing_area as annealing_area,
+    fit_annealing_law as fit_annealing_law,
+    fit_sized_annealing_law as fit_sized_annealing_law,
+)
 from .multi_power_law import (
     CrossValidation as CrossValidation,
     MultiPowerLaw as MultiPowerLaw,

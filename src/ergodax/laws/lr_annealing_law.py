@@ -8,8 +8,13 @@ Tissue, Wang, Wang 2024, "Scaling Law with Learning Rate Annealing" (arXiv:2408.
 S_1 counts the warm-up, S_2 starts after it (m = 0 at the peak). λ is 0.99 to 0.999 and is not fitted; here it is a parameter that fits hold fixed.
 The authors minimise Huber's loss of log L with δ = 1e-3 by L-BFGS from several starts.
 
-The recursion is linear, so S_2 takes O(T), in blocks of steps: a small matrix inside of each, a scan over them. The extension by the size of the
-model is left out: `AdditiveSurface` is the law for sizes.
+Runs of models of N parameters share one law,
+
+    L(t, N) = L_0 + A S_1(t)^{-α} + B N^{-β} - C N^γ S_2(t),
+
+of which the exponent γ of the annealing term is ours to fit, with either sign: that the size enters there is the paper's, the form was not confirmed.
+
+The recursion is linear, so S_2 takes O(T), in blocks of steps: a small matrix inside of each, a scan over them.
 """
 
 from collections.abc import Sequence
@@ -19,13 +24,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..core.check import check_range
+from ..core.check import check_range, is_concrete
 from ..core.types import Scalar
 from .curves import LossCurve, RateHistory, curve_features, histories_of, losses_of
 from .fitting import LawFit, Objective, fit_law
 
 
 _BLOCK = 128
+_EXPONENTS = (0.1, 0.3, 0.5, 0.8, 1.5)
 
 
 def annealing_area(rates: Float[Array, " T"], momentum: Scalar, *, warmup: int = 0) -> Float[Array, " T"]:
@@ -74,17 +80,14 @@ class AnnealingLaw(eqx.Module):
     @classmethod
     def starts(cls, curves: Sequence[LossCurve], momentum: Scalar = 0.999) -> "AnnealingLaw":
         """Five starts: α from 0.1 to 1.5, and the rest, in which the law is linear, by least squares: so they know the unit of the rates."""
-        histories, losses = histories_of(curves), losses_of(curves)
-        s1, s2 = _areas(histories, momentum)
-        exponents = jnp.asarray([0.1, 0.3, 0.5, 0.8, 1.5], losses.dtype)
+        s1, s2 = _areas(histories_of(curves), momentum)
+        losses = losses_of(curves)
+        exponents = jnp.asarray(_EXPONENTS, losses.dtype)
         momentum = jnp.asarray(momentum, losses.dtype)
 
         def solve(exponent):
-            columns = jnp.stack([jnp.ones_like(s1), (s1 / jnp.max(s1)) ** -exponent, -s2], -1)
-            size = jnp.max(jnp.abs(columns), 0)
-            size = jnp.where(size > 0, size, 1)
-            found = jnp.maximum(jnp.linalg.lstsq(columns / size, losses)[0], 1e-3 * jnp.mean(losses)) / size
-            return jnp.log(found[0]), jnp.log(found[1]) + exponent * jnp.log(jnp.max(s1)), jnp.log(exponent), jnp.log(found[2])
+            log_floor, log_coefficient, log_annealing = _linear_start(s1, exponent, [-s2], losses)
+            return log_floor, log_coefficient, jnp.log(exponent), log_annealing
 
         return cls(*jax.vmap(solve)(exponents), jnp.full_like(exponents, jnp.log(momentum) - jnp.log1p(-momentum)))
 
@@ -120,6 +123,15 @@ class AnnealingLaw(eqx.Module):
         return self.floor + power - self.annealing * s2.astype(dtype)
 
 
+def _linear_start(s1, exponent, columns, losses):
+    """Logarithms of L_0, A and the other numbers in which a law is linear, by least squares, kept away from 0."""
+    columns = jnp.stack([jnp.ones_like(s1), (s1 / jnp.max(s1)) ** -exponent, *columns], -1)
+    size = jnp.max(jnp.abs(columns), 0)
+    size = jnp.where(size > 0, size, 1)
+    found = jnp.log(jnp.maximum(jnp.linalg.lstsq(columns / size, losses)[0], 1e-3 * jnp.mean(losses)) / size)
+    return found[0], found[1] + exponent * jnp.log(jnp.max(s1)), *found[2:]
+
+
 def _areas(histories, momentum):
     """S_1 and S_2 at all points."""
     s2 = [annealing_area(history.rates, momentum, warmup=history.warmup)[history.at] for history in histories]
@@ -141,4 +153,98 @@ def fit_annealing_law(
     return fit_law(starts, histories_of(curves), losses_of(curves), free=free, features=curve_features, **options)
 
 
-__all__ = ["AnnealingLaw", "annealing_area", "fit_annealing_law"]
+class SizedAnnealingLaw(eqx.Module):
+    """L_0 + A S_1^{-α} + B N^{-β} - C N^γ S_2, `law(([history, …], sizes)) -> losses`, with one size N for each history.
+
+    N counts in units of `unit` parameters, which fits hold fixed: so B is what size costs a model of one unit, and C is its annealing. B and β are
+    positive and stored as logarithms; `of` takes, and properties give, the numbers themselves. `curve` holds L_0, A, α, C and λ.
+    """
+
+    curve: AnnealingLaw
+    log_size_coefficient: Float[Array, "..."]
+    log_size_exponent: Float[Array, "..."]
+    annealing_exponent: Float[Array, "..."]
+    unit: Float[Array, "..."]
+
+    @classmethod
+    def of(
+        cls, curve: AnnealingLaw, size_coefficient: Scalar, size_exponent: Scalar, annealing_exponent: Scalar = 0.0, unit: Scalar = 1.0
+    ) -> "SizedAnnealingLaw":
+        """From the law of one unit without B, and B, β (positive), γ (default 0) and the unit (default one parameter)."""
+        for name, value in {"size_coefficient": size_coefficient, "size_exponent": size_exponent, "unit": unit}.items():
+            check_range(name, value, low=0.0, open_low=True)
+        b, beta, gamma, one = (jnp.asarray(x, curve.log_floor.dtype) for x in (size_coefficient, size_exponent, annealing_exponent, unit))
+        return cls(curve, jnp.log(b), jnp.log(beta), gamma, one)
+
+    @classmethod
+    def starts(cls, curves: Sequence[LossCurve], sizes: Sequence[Scalar], momentum: Scalar = 0.999) -> "SizedAnnealingLaw":
+        """Ten starts: α from 0.1 to 1.5, β = 0.2 and 0.5, γ = 0, the rest by least squares. The unit is the geometric mean of the sizes."""
+        histories, losses = histories_of(curves), losses_of(curves)
+        s1, s2 = _areas(histories, momentum)
+        numbers = _per_point(histories, sizes, losses.dtype)
+        unit = jnp.exp(jnp.mean(jnp.log(jnp.asarray(sizes, losses.dtype))))
+        momentum = jnp.asarray(momentum, losses.dtype)
+        grid = (jnp.asarray(values, losses.dtype) for values in (_EXPONENTS, (0.2, 0.5)))
+        exponents, betas = (axis.ravel() for axis in jnp.meshgrid(*grid))
+
+        def solve(exponent, beta):
+            log_floor, log_coefficient, log_size, log_annealing = _linear_start(s1, exponent, [(numbers / unit) ** -beta, -s2], losses)
+            curve = AnnealingLaw(log_floor, log_coefficient, jnp.log(exponent), log_annealing, jnp.log(momentum) - jnp.log1p(-momentum))
+            return cls(curve, log_size, jnp.log(beta), jnp.zeros_like(beta), unit)
+
+        return jax.vmap(solve)(exponents, betas)
+
+    @property
+    def size_coefficient(self) -> Float[Array, "..."]:
+        """B."""
+        return jnp.exp(self.log_size_coefficient)
+
+    @property
+    def size_exponent(self) -> Float[Array, "..."]:
+        """β."""
+        return jnp.exp(self.log_size_exponent)
+
+    def __call__(self, histories_and_sizes: tuple[Sequence[RateHistory], Sequence[Scalar]]) -> Float[Array, " n"]:
+        histories, sizes = histories_and_sizes
+        curve, dtype = self.curve, self.unit.dtype
+        s1, s2 = (area.astype(dtype) for area in _areas(histories, curve.momentum))
+        logs = jnp.log(_per_point(histories, sizes, dtype) / self.unit)
+        power = jnp.exp(curve.log_coefficient - curve.exponent * jnp.log(s1)) + jnp.exp(self.log_size_coefficient - self.size_exponent * logs)
+        return curve.floor + power - jnp.exp(curve.log_annealing + self.annealing_exponent * logs) * s2
+
+
+def _per_point(histories, sizes, dtype):
+    """The size of the run that each point belongs to."""
+    return jnp.concatenate([jnp.full(history.at.shape, size, dtype) for history, size in zip(histories, sizes, strict=True)])
+
+
+def _sized_features(histories_and_sizes):
+    histories, sizes = histories_and_sizes
+    return [*curve_features(histories), _per_point(histories, sizes, histories[0].rates.dtype)]
+
+
+def fit_sized_annealing_law(
+    curves: Sequence[LossCurve],
+    sizes: Sequence[Scalar],
+    *,
+    momentum: Scalar = 0.999,
+    objective: Objective | None = None,
+    weights: Float[Array, "..."] | None = None,
+    max_steps: int = 500,
+) -> LawFit[SizedAnnealingLaw]:
+    """Fit all but λ to whole curves of models of several sizes, one of `sizes` (numbers of parameters) for each; the rest as for `fit_annealing_law`.
+
+    Raises `ValueError` unless every curve has a positive size and at least three differ: L_0, B and β need as many.
+    """
+    if len(sizes) != len(curves):
+        raise ValueError(f"`sizes` must have one number for each of the {len(curves)} curves, got {len(sizes)}.")
+    check_range("sizes", tuple(sizes), low=0.0, open_low=True)
+    if is_concrete(tuple(sizes)) and len({float(size) for size in sizes}) < 3:
+        raise ValueError(f"`sizes` must hold at least three different ones to determine L_0, B and β, got {list(sizes)}.")
+    starts = eqx.filter_jit(SizedAnnealingLaw.starts)(list(curves), list(sizes), momentum)
+    free = eqx.tree_at(lambda law: (law.curve.logit_momentum, law.unit), jax.tree.map(lambda _: True, starts), (False, False))
+    options = {"objective": objective, "weights": weights, "max_steps": max_steps}
+    return fit_law(starts, (histories_of(curves), list(sizes)), losses_of(curves), free=free, features=_sized_features, **options)
+
+
+__all__ = ["AnnealingLaw", "SizedAnnealingLaw", "annealing_area", "fit_annealing_law", "fit_sized_annealing_law"]
