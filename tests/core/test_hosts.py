@@ -18,7 +18,7 @@ import dataclasses, sys, time
 import jax
 from ergodax.core import mesh as hosts
 jax.config.update("jax_enable_x64", True)
-mesh = hosts.initialise(data=None, heartbeat_timeout_seconds=10)
+mesh = hosts.initialise(data=None, heartbeat_timeout_seconds=60)
 
 import jax.numpy as jnp, numpy as np, optax
 from ergodax.core import Fit
@@ -160,7 +160,7 @@ def test_a_process_that_dies_ends_the_others(widowed):
     assert code == 1
     assert "error: another process of this job is gone (" in error
     assert "start the same command again to go on from the last checkpoint." in error
-    assert seconds < 20  # no timeout of minutes was waited for
+    assert seconds < 50  # no timeout was waited for
     assert not (folder / "results.json").exists()
 
 
