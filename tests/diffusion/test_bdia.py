@@ -118,13 +118,14 @@ def test_order(solver, path, order):
 
 
 def test_limits():
-    """γ = 0 is DDIM, or Heun, bit for bit; the whole range is finite."""
+    """γ = 0 is DDIM, or Heun, to the rounding of ten steps, as two programs do not round alike; the whole range is finite."""
     y0 = jax.random.normal(jax.random.key(1), (16, 2))
     grid = uniform_grid(10)
     assert BDIA().order(None) == 1
-    np.testing.assert_array_equal(solve(BDIA(jnp.asarray(0.0)), grid, y0), solve(DDIM(), grid, y0))
+    np.testing.assert_allclose(solve(BDIA(jnp.asarray(0.0)), grid, y0), solve(DDIM(), grid, y0), rtol=0, atol=1e-14)
     edm = EDMPath(20.0)
-    np.testing.assert_array_equal(solve(BDIA(jnp.asarray(0.0), heun_move), grid, 20 * y0, path=edm), solve(Heun(), grid, 20 * y0, path=edm))
+    ends = [solve(solver, grid, 20 * y0, path=edm) for solver in (BDIA(jnp.asarray(0.0), heun_move), Heun())]
+    np.testing.assert_allclose(*ends, rtol=0, atol=2e-13)  # which starts at 20
     assert bool(jnp.isfinite(solve(BDIA(jnp.asarray(0.5), heun_move), grid, 20 * y0, path=edm)).all())
 
 

@@ -71,7 +71,9 @@ def test_precision_of_far_data():
     fresh = [np.asarray(jax.random.normal(key, (data.size,), jnp.float32), float).reshape(data.shape) for key in jax.random.split(second, 2)]
     candidates = np.stack([np.asarray(noise, float), *fresh])
     best = np.argmin(np.linalg.norm(np.asarray(data, float) - candidates, axis=-1), axis=0)
-    np.testing.assert_array_equal(chosen, candidates[best, np.arange(2000)])
+    # Two programs draw the same normals to a rounding, so the choice is compared.
+    np.testing.assert_array_equal(np.argmin(np.linalg.norm(chosen - candidates, axis=-1), axis=0), best)
+    np.testing.assert_allclose(chosen, candidates[best, np.arange(2000)], rtol=0, atol=1e-6)
 
 
 def test_the_data_are_less_mixed_and_no_gradient_flows():
