@@ -325,7 +325,7 @@ def _band(values):
     return float(2 * values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else None
 
 
-def verdicts(rows: list[dict]) -> list[dict]:
+def verdicts(config: Config, rows: list[dict]) -> list[dict]:
     """LightSB here beside the authors' formulation, for each pair that both ran on."""
     table = {(row["d"], row["ε"], row["method"]): row for row in rows}
     out = []
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
 def report(config: Config, run: Run, scores: dict[int, dict]) -> None:
     """Tables, figures and the page."""
     rows = rows_of(config, scores)
-    found = verdicts(rows)
+    found = verdicts(config, rows)
     run.results({"pairs": rows, "verdicts": found})
     lead = f"{config.components} components, {config.steps} steps of {config.batch_size}; ± is twice the standard error over {config.seeds} seeds."
     page = Report("Entropic optimal transport with known plans", lead)
