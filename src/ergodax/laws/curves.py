@@ -182,6 +182,17 @@ def curve_features(histories: Sequence[RateHistory]) -> list[Array]:
     return [jnp.concatenate(parts) for parts in zip(*((h.at, h.area, h.rates[h.at]) for h in histories))]
 
 
+def linear_start(
+    area: Float[Array, " n"], exponent: Float[Array, ""], columns: Sequence[Float[Array, " n"]], losses: Float[Array, " n"]
+) -> tuple[Float[Array, ""], ...]:
+    """Logarithms of L_0, of A, and of what multiplies `columns` in L_0 + A area^-exponent + …, by least squares, kept away from 0: for `starts`."""
+    stacked = jnp.stack([jnp.ones_like(area), (area / jnp.max(area)) ** -exponent, *columns], -1)
+    size = jnp.max(jnp.abs(stacked), 0)
+    size = jnp.where(size > 0, size, 1)
+    found = jnp.log(jnp.maximum(jnp.linalg.lstsq(stacked / size, losses)[0], 1e-3 * jnp.mean(losses)) / size)
+    return found[0], found[1] + exponent * jnp.log(jnp.max(area)), *found[2:]
+
+
 def optimise_rates(
     law: Callable[[Sequence[RateHistory]], Float[Array, "1"]],
     total_steps: int,

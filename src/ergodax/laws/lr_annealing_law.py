@@ -26,8 +26,9 @@ from jaxtyping import Array, Float
 
 from ..core.check import check_range, is_concrete
 from ..core.types import Scalar
-from .curves import LossCurve, RateHistory, curve_features, histories_of, losses_of
+from .curves import LossCurve, RateHistory, curve_features, histories_of, linear_start, losses_of
 from .fitting import LawFit, Objective, fit_law
+from .power_law import logarithms
 
 
 _BLOCK = 128
@@ -69,13 +70,10 @@ class AnnealingLaw(eqx.Module):
     @classmethod
     def of(cls, floor: Scalar, coefficient: Scalar, exponent: Scalar, annealing: Scalar, momentum: Scalar = 0.999) -> "AnnealingLaw":
         """From L_0, A, α, C, all positive, and λ (default 0.999)."""
-        values = {"floor": floor, "coefficient": coefficient, "exponent": exponent, "annealing": annealing}
-        for name, value in values.items():
-            check_range(name, value, low=0.0, open_low=True)
+        logs = logarithms(floor=floor, coefficient=coefficient, exponent=exponent, annealing=annealing)
         check_range("momentum", momentum, low=0.0, high=1.0, open_low=True, open_high=True)
-        momentum = jnp.asarray(momentum, jnp.result_type(float, *values.values()))
-        logarithms = {f"log_{name}": jnp.log(jnp.asarray(value, momentum.dtype)) for name, value in values.items()}
-        return cls(**logarithms, logit_momentum=jnp.log(momentum) - jnp.log1p(-momentum))
+        momentum = jnp.asarray(momentum, logs["log_floor"].dtype)
+        return cls(**logs, logit_momentum=jnp.log(momentum) - jnp.log1p(-momentum))
 
     @classmethod
     def starts(cls, curves: Sequence[LossCurve], momentum: Scalar = 0.999) -> "AnnealingLaw":
@@ -86,7 +84,7 @@ class AnnealingLaw(eqx.Module):
         momentum = jnp.asarray(momentum, losses.dtype)
 
         def solve(exponent):
-            log_floor, log_coefficient, log_annealing = _linear_start(s1, exponent, [-s2], losses)
+            log_floor, log_coefficient, log_annealing = linear_start(s1, exponent, [-s2], losses)
             return log_floor, log_coefficient, jnp.log(exponent), log_annealing
 
         return cls(*jax.vmap(solve)(exponents), jnp.full_like(exponents, jnp.log(momentum) - jnp.log1p(-momentum)))
@@ -121,15 +119,6 @@ class AnnealingLaw(eqx.Module):
         dtype = self.log_floor.dtype
         power = jnp.exp(self.log_coefficient - self.exponent * jnp.log(s1.astype(dtype)))
         return self.floor + power - self.annealing * s2.astype(dtype)
-
-
-def _linear_start(s1, exponent, columns, losses):
-    """Logarithms of L_0, A and the other numbers in which a law is linear, by least squares, kept away from 0."""
-    columns = jnp.stack([jnp.ones_like(s1), (s1 / jnp.max(s1)) ** -exponent, *columns], -1)
-    size = jnp.max(jnp.abs(columns), 0)
-    size = jnp.where(size > 0, size, 1)
-    found = jnp.log(jnp.maximum(jnp.linalg.lstsq(columns / size, losses)[0], 1e-3 * jnp.mean(losses)) / size)
-    return found[0], found[1] + exponent * jnp.log(jnp.max(s1)), *found[2:]
 
 
 def _areas(histories, momentum):
@@ -188,7 +177,7 @@ class SizedAnnealingLaw(eqx.Module):
         exponents, betas = (axis.ravel() for axis in jnp.meshgrid(*grid))
 
         def solve(exponent, beta):
-            log_floor, log_coefficient, log_size, log_annealing = _linear_start(s1, exponent, [(numbers / unit) ** -beta, -s2], losses)
+            log_floor, log_coefficient, log_size, log_annealing = linear_start(s1, exponent, [(numbers / unit) ** -beta, -s2], losses)
             curve = AnnealingLaw(log_floor, log_coefficient, jnp.log(exponent), log_annealing, jnp.log(momentum) - jnp.log1p(-momentum))
             return cls(curve, log_size, jnp.log(beta), jnp.zeros_like(beta), unit)
 

@@ -28,10 +28,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from ..core.check import check_count, check_range
+from ..core.check import check_count
 from ..core.types import Scalar
-from .curves import LossCurve, RateHistory, curve_features, curve_numbers, histories_of, losses_of
+from .curves import LossCurve, RateHistory, curve_features, curve_numbers, histories_of, linear_start, losses_of
 from .fitting import LawFit, Objective, fit_law, huber_log, stack_laws
+from .power_law import logarithms
 
 
 class MultiPowerLaw(eqx.Module):
@@ -53,12 +54,8 @@ class MultiPowerLaw(eqx.Module):
         cls, floor: Scalar, coefficient: Scalar, exponent: Scalar, drop: Scalar, scale: Scalar, power: Scalar, rate_power: Scalar
     ) -> "MultiPowerLaw":
         """From L_0, A, α, B, C, β (all positive) and γ, the authors' order."""
-        values = {"floor": floor, "coefficient": coefficient, "exponent": exponent, "drop": drop, "scale": scale, "power": power}
-        for name, value in values.items():
-            check_range(name, value, low=0.0, open_low=True)
-        dtype = jnp.result_type(float, *values.values(), rate_power)
-        logarithms = {f"log_{name}": jnp.log(jnp.asarray(value, dtype)) for name, value in values.items()}
-        return cls(**logarithms, rate_power=jnp.asarray(rate_power, dtype))
+        logs = logarithms(floor=floor, coefficient=coefficient, exponent=exponent, drop=drop, scale=scale, power=power)
+        return cls(**logs, rate_power=jnp.asarray(rate_power, logs["log_floor"].dtype))
 
     @classmethod
     def starts(cls, curves: Sequence[LossCurve]) -> "MultiPowerLaw":
@@ -78,11 +75,8 @@ class MultiPowerLaw(eqx.Module):
 
         def solve(exponent, power, scale):
             law = cls.of(1.0, 1.0, exponent, 1.0, scale, power, half)
-            columns = jnp.stack([jnp.ones_like(area), (area / top) ** -exponent, -law.reduction(histories)], -1)
-            size = jnp.max(jnp.abs(columns), 0)
-            size = jnp.where(size > 0, size, 1)
-            found = jnp.maximum(jnp.linalg.lstsq(columns / size, losses)[0], 1e-3 * jnp.mean(losses)) / size
-            return cls.of(found[0], found[1] * top**exponent, exponent, found[2], scale, power, half)
+            log_floor, log_coefficient, log_drop = linear_start(area, exponent, [-law.reduction(histories)], losses)
+            return cls(log_floor, log_coefficient, law.log_exponent, log_drop, law.log_scale, law.log_power, half)
 
         return jax.vmap(solve)(exponents, powers, scales)
 

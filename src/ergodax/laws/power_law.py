@@ -19,6 +19,8 @@ and β (or E) the rest of a law is linear, so all but `CompoundSurface` solve fo
 `batch_size_of_loss`: the batch of Hu, Tu, Han et al. 2024 (MiniCPM, arXiv:2404.06395), 1.21e9 / L^6.24 tokens.
 """
 
+import abc
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -136,7 +138,38 @@ class OffsetPowerLaw(eqx.Module):
         return jnp.where(above, jnp.exp((self.log_coefficient - jnp.log(excess)) / self.exponent), jnp.inf)
 
 
-class AdditiveSurface(eqx.Module):
+class _Surface(eqx.Module):
+    """What loss surfaces share. Subclasses say where the optimum lies."""
+
+    log_floor: eqx.AbstractVar[Float[Array, "..."]]
+    log_size_exponent: eqx.AbstractVar[Float[Array, "..."]]
+    log_data_exponent: eqx.AbstractVar[Float[Array, "..."]]
+
+    @abc.abstractmethod
+    def _log_optimum(self, log_product: Array) -> tuple[Array, Array]:
+        """log N* and log D* where N D = exp(log_product)."""
+
+    @property
+    def floor(self) -> Float[Array, "..."]:
+        """E."""
+        return jnp.exp(self.log_floor)
+
+    @property
+    def size_exponent(self) -> Float[Array, "..."]:
+        """α."""
+        return jnp.exp(self.log_size_exponent)
+
+    @property
+    def data_exponent(self) -> Float[Array, "..."]:
+        """β."""
+        return jnp.exp(self.log_data_exponent)
+
+    def optimal_sizes(self, compute: Amount, *, cost: Scalar = 6.0) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """(N*, D*) with the smallest loss where `cost` N D = `compute`; `cost` (default 6) is the operations per parameter and token."""
+        return jax.tree.map(jnp.exp, self._log_optimum(jnp.log(jnp.asarray(compute, self.log_floor.dtype) / cost)))
+
+
+class AdditiveSurface(_Surface):
     """L(N, D) = E + A / N^α + B / D^β.
 
     `law((N, D))`: parameters and tokens, positive, of shapes that broadcast.
@@ -171,21 +204,6 @@ class AdditiveSurface(eqx.Module):
         floor, size, data = jnp.log(jax.vmap(solve)(a, b)).T
         return cls(floor, size + a * centre_n, jnp.log(a), data + b * centre_d, jnp.log(b))
 
-    @property
-    def floor(self) -> Float[Array, "..."]:
-        """E."""
-        return jnp.exp(self.log_floor)
-
-    @property
-    def size_exponent(self) -> Float[Array, "..."]:
-        """α."""
-        return jnp.exp(self.log_size_exponent)
-
-    @property
-    def data_exponent(self) -> Float[Array, "..."]:
-        """β."""
-        return jnp.exp(self.log_data_exponent)
-
     def __call__(self, sizes: Sizes) -> Float[Array, "..."]:
         log_n, log_d = (jnp.log(jnp.asarray(size, self.log_floor.dtype)) for size in sizes)
         size = jnp.exp(self.log_size_coefficient - self.size_exponent * log_n)
@@ -193,10 +211,6 @@ class AdditiveSurface(eqx.Module):
 
     def _log_optimum(self, log_product):
         return _log_optimum(self.log_size_coefficient, self.size_exponent, self.log_data_coefficient, self.data_exponent, log_product)
-
-    def optimal_sizes(self, compute: Amount, *, cost: Scalar = 6.0) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """(N*, D*) with the smallest loss where `cost` N D = `compute`; `cost` (default 6) is the operations per parameter and token."""
-        return jax.tree.map(jnp.exp, self._log_optimum(jnp.log(jnp.asarray(compute, self.log_floor.dtype) / cost)))
 
     def frontier(self, *, cost: Scalar = 6.0) -> OffsetPowerLaw:
         """The loss at the optimal sizes as a law of compute, E + G / C^g."""
@@ -206,7 +220,7 @@ class AdditiveSurface(eqx.Module):
         return OffsetPowerLaw(self.log_floor, coefficient, jnp.log(a * b / (a + b)))
 
 
-class CompoundSurface(eqx.Module):
+class CompoundSurface(_Surface):
     """L(N, D) = E + ((A / N)^{α/β} + B / D)^β, which tends to E + (A/N)^α for D → ∞ and to E + (B/D)^β for N → ∞. A counts parameters, B tokens.
 
     `law((N, D))`: parameters and tokens, positive, of shapes that broadcast.
@@ -235,21 +249,6 @@ class CompoundSurface(eqx.Module):
         exponent = jnp.full_like(log_a, jnp.log(0.4))
         return cls(jnp.full_like(log_a, 0.5), log_a, exponent, log_b, exponent)
 
-    @property
-    def floor(self) -> Float[Array, "..."]:
-        """E."""
-        return jnp.exp(self.log_floor)
-
-    @property
-    def size_exponent(self) -> Float[Array, "..."]:
-        """α."""
-        return jnp.exp(self.log_size_exponent)
-
-    @property
-    def data_exponent(self) -> Float[Array, "..."]:
-        """β."""
-        return jnp.exp(self.log_data_exponent)
-
     def _log_excess(self, log_n, log_d):
         ratio = jnp.exp(self.log_size_exponent - self.log_data_exponent)
         return self.data_exponent * jnp.logaddexp(ratio * (self.log_size_scale - log_n), self.log_data_scale - log_d)
@@ -260,10 +259,6 @@ class CompoundSurface(eqx.Module):
 
     def __call__(self, sizes: Sizes) -> Float[Array, "..."]:
         return self.floor + jnp.exp(self._log_excess(*(jnp.log(jnp.asarray(size, self.log_floor.dtype)) for size in sizes)))
-
-    def optimal_sizes(self, compute: Amount, *, cost: Scalar = 6.0) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """(N*, D*) with the smallest loss where `cost` N D = `compute`; `cost` (default 6) is the operations per parameter and token."""
-        return jax.tree.map(jnp.exp, self._log_optimum(jnp.log(jnp.asarray(compute, self.log_floor.dtype) / cost)))
 
     def frontier(self, *, cost: Scalar = 6.0) -> OffsetPowerLaw:
         """The loss at the optimal sizes as a law of compute, E + G / C^g."""
